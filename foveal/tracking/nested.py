@@ -108,13 +108,17 @@ class SyncWithNested(RunSync):
             sync.reset_connection()
 
     def count_pending_rows(self) -> int:
-        """Count the rows of all runs that are looked at and not delivered yet."""
+        """Count the rows of all runs that are not delivered yet, those included that nobody has looked at."""
         count = super().count_pending_rows()
         for sync in self._list_open():
-            try:
+            with contextlib.suppress(OSError):  # delivered and closed in this moment
                 count += sync.count_pending_rows()
-            except OSError:  # delivered and closed in this moment
-                continue
+        with self._lock:
+            known = {*self._open, *self._rows_done}
+        for folder in self._list_pending():
+            if folder not in known:
+                with contextlib.suppress(OSError):
+                    count += (folder / "metrics.jsonl").read_bytes().count(b"\n")
         return count
 
     def close(self) -> None:

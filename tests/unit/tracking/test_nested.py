@@ -155,23 +155,27 @@ def test_each_number_once_whatever_fails(seed: int, stores: Stores, monkeypatch:
         check_delivered(stores, f"t{number}")
 
 
-def test_a_store_that_is_down_blocks_no_trial_and_the_next_attempt_delivers(stores: Stores) -> None:
+def test_a_store_that_is_down_blocks_no_trial_and_the_next_attempt_delivers(
+    stores: Stores, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(_verb: str) -> None:
         raise ConnectionError
 
     stores.fail = refuse
     outer = stores.begin(patience=0.0)
     do_trial(outer, "a")
+    do_trial(outer, "b")
     outer.close("saved-and-left")
+    assert f"tracking: 6 rows of {stores.run}" in caplog.text
     thread = outer.uploader._thread
     assert thread is not None
     thread.join(WAIT)
     stores.fail = lambda _: None
     outer = stores.begin()
-    do_trial(outer, "b")
+    do_trial(outer, "c")
     outer.close("finished")
-    check_delivered(stores, "a")
-    check_delivered(stores, "b")
+    for name in ("a", "b", "c"):
+        check_delivered(stores, name)
 
 
 def test_what_is_delivered_is_left_alone_by_later_attempts_and_compared_by_hand(stores: Stores) -> None:
