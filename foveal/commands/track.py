@@ -11,6 +11,7 @@ from foveal.errors import AttemptSupersededError, CheckpointError, ConfigError, 
 from foveal.renames import translate_settings
 from foveal.strict_yaml import read_yaml
 from foveal.tracking import build_uploader, keep_store_of_run
+from foveal.tracking.nested import list_nested
 from foveal.tracking.sqlite_store import parse_sqlite_path
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, TrackingConfig
@@ -29,24 +30,27 @@ def sync(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow than the run's own tracking.uri.")] = None,
 ) -> None:
-    """Upload to MLflow what it does not have of a run: every metric once, settings, tags and files.
+    """Upload to MLflow what it does not have of a run and of the trials or folds in it: every metric once, settings, tags and files.
 
     A run that is under way can be synced too: rows carry timestamps, so a store keeps values sent by both once.
     """
     tree, cfg = _read_tracking_config(run, uri)
-    _record_attempt_end(run)
+    nested = list_nested(run)
+    for folder in (run, *nested):
+        _record_attempt_end(folder)
     if not (run / "metrics.jsonl").exists():
         raise CheckpointError(f"{run} has no metrics.jsonl: the run has not begun")
     tail = MetricsTail(os.open(run / "metrics.jsonl", os.O_RDONLY), run / "metrics.jsonl")
-    uploader = build_uploader(run, cfg, _resolve_pipeline_dir(run, tree), tail)
+    uploader = build_uploader(run, cfg, _resolve_pipeline_dir(run, tree), tail, compares_nested=True)
     if not uploader.upload_all_and_close():
         raise FovealError(
             f"{run} was not delivered: MLflow at {cfg.uri} does not take it (see above); try again when it does, "
             f"or name another with --uri"
         )
     counts = uploader.sync.counts
+    inner = f" (with {len(nested)} runs in it)" if nested else ""
     typer.echo(
-        f"{run}: {counts.rows_sent:,} rows and {counts.files_sent:,} files delivered, {counts.rows_already_stored:,} rows were there"
+        f"{run}{inner}: {counts.rows_sent:,} rows and {counts.files_sent:,} files delivered, {counts.rows_already_stored:,} rows were there"
     )
 
 
@@ -58,6 +62,9 @@ def _read_tracking_config(run: Path, uri: str | None) -> tuple[dict[str, Any], T
     tracking = tree.get("tracking", {}) | ({} if uri is None else {"uri": uri})
     cfg = TrackingConfig.from_dict(tracking, "--uri" if uri else str(file))
     if cfg.uri is None:
+        outer = run.absolute().parents[1]
+        if run.absolute() in list_nested(outer) and (outer / "config.yaml").exists():
+            raise ConfigError(f"{run} is a part of {outer}, with which it is delivered: foveal track sync {outer}")
         raise ConfigError(f"{file}: tracking.uri is null, so the run has no MLflow; name one with --uri")
     cfg = keep_store_of_run(run, cfg) if uri is None else cfg
     store = parse_sqlite_path(cfg.uri or "")

@@ -11,13 +11,13 @@ from foveal.errors import AttemptSupersededError, CheckpointError, ConfigError, 
 from foveal.renames import translate_metrics, translate_settings
 from foveal.runs.inputs import RunInputs, read_inputs
 from foveal.strict_yaml import read_yaml
+from foveal.tracking.nested import NESTED_FOLDERS
 from foveal.tracking.tail import read_json_or_empty, read_step_rows
 from foveal.training.lease import AttemptRecord, list_attempts
 from foveal.training.lease_holder import current_holder, get_liveness_and_reason
 from foveal.training.lineage import Fork, read_fork
 
 RunState = Literal["running", "unknown", "killed", "finished", "saved-and-left", "failed", "diverged", "superseded"]
-NESTED_FOLDERS = ("trials", "folds")  # of a run that consists of runs
 _PLAN, _FINISHED, _CONFIG = "plan.json", "finished.json", "config.yaml"
 # Settings that one stage alone has: for a run without plan.json, one of 0.1 or one that has just begun.
 _STAGE_BY_SETTING = {"method": "distill", "freeze_encoder": "finetune", "mask_ratio": "pretrain"}

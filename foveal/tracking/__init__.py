@@ -10,11 +10,12 @@ from pathlib import Path
 from foveal.atomic import write_json
 from foveal.redact import redact
 from foveal.tracking.jsonl import JsonlTracker
+from foveal.tracking.nested import OuterTracker, SyncWithNested
 from foveal.tracking.sqlite_store import parse_sqlite_path, resolve_store_of_run
 from foveal.tracking.sync import RemoteRun, RunSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, MetricRow, Tracker, TrackingConfig
-from foveal.tracking.uploader import Uploader, UploadingTracker
+from foveal.tracking.uploader import Uploader
 
 _log = logging.getLogger(__name__)
 
@@ -26,18 +27,23 @@ def open_tracker(
     start_step: int,
     attempt_number: int = 0,
     check_lease: Callable[[], None] = lambda: None,
+    outer_tracker: Tracker | None = None,
 ) -> tuple[Tracker, MetricRow]:
     """Open the tracker of an attempt, and return the last row up to ``start_step`` with it (empty: there is none).
 
     ``pipeline_dir`` is the directory of the run's pipeline, if any. ``check_lease`` raises if another attempt has taken
-    the run over. Nothing here waits for MLflow: a thread imports and contacts it.
+    the run over. ``outer_tracker`` is that of the run that contains this one, whose uploader then delivers both. Nothing
+    here waits for MLflow: a thread imports and contacts it.
     """
     jsonl_tracker = JsonlTracker(run_dir, start_step, attempt_number, check_lease)
-    if cfg.uri is None:
-        return jsonl_tracker, jsonl_tracker.last_training_row
-    cfg = keep_store_of_run(run_dir, cfg)
-    uploader = build_uploader(run_dir, cfg, pipeline_dir, jsonl_tracker.open_tail())
-    return UploadingTracker(jsonl_tracker, uploader), jsonl_tracker.last_training_row
+    tracker: Tracker = jsonl_tracker
+    if cfg.uri is not None:
+        cfg = keep_store_of_run(run_dir, cfg)
+        sync = _build_sync(run_dir, cfg, pipeline_dir, jsonl_tracker.open_tail())
+        tracker = OuterTracker(jsonl_tracker, _build_uploader(run_dir, cfg, sync), sync)
+    elif isinstance(outer_tracker, OuterTracker):
+        tracker = outer_tracker.add_nested(run_dir, jsonl_tracker)
+    return tracker, jsonl_tracker.last_training_row
 
 
 def keep_store_of_run(run_dir: Path, cfg: TrackingConfig) -> TrackingConfig:
@@ -50,11 +56,37 @@ def keep_store_of_run(run_dir: Path, cfg: TrackingConfig) -> TrackingConfig:
     return cfg.model_copy(update={"uri": uri})
 
 
-def build_uploader(run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None, tail: MetricsTail) -> Uploader:
-    """Build the uploader of a run directory; its thread starts with the first ``notify``."""
-    assert cfg.uri is not None
+def build_uploader(
+    run_dir: Path,
+    cfg: TrackingConfig,
+    pipeline_dir: str | None,
+    tail: MetricsTail,
+    *,
+    compares_nested: bool = False,
+) -> Uploader:
+    """Build the uploader of a run directory and its nested runs; its thread starts with the first ``notify``.
+
+    ``compares_nested``: also the nested runs that are noted as delivered are compared with the store.
+    """
+    sync = _build_sync(run_dir, cfg, pipeline_dir, tail, compares_nested=compares_nested)
+    return _build_uploader(run_dir, cfg, sync)
+
+
+def _build_uploader(run_dir: Path, cfg: TrackingConfig, sync: SyncWithNested) -> Uploader:
+    return Uploader(sync, run_dir, redact(cfg.uri or ""), cfg.flush_timeout_seconds)
+
+
+def _build_sync(
+    run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None, tail: MetricsTail, *, compares_nested: bool = False
+) -> SyncWithNested:
     connect = partial(_connect_mlflow, cfg, run_dir, Path(pipeline_dir) if pipeline_dir else None, uuid.uuid4().hex)
-    return Uploader(RunSync(run_dir, tail, connect), run_dir, redact(cfg.uri), cfg.flush_timeout_seconds)
+    return SyncWithNested(
+        run_dir,
+        tail,
+        connect,
+        lambda folder, rows: RunSync(folder, rows, partial(_connect_nested, cfg, folder, run_dir, uuid.uuid4().hex)),
+        trusts_notes=not compares_nested,
+    )
 
 
 def report_end_without_tracker(
@@ -81,3 +113,12 @@ def _connect_mlflow(cfg: TrackingConfig, run_dir: Path, pipeline_dir: Path | Non
     from foveal.tracking.mlflow import MLflowRun
 
     return MLflowRun(cfg, run_dir, pipeline_dir, creation_token)
+
+
+def _connect_nested(cfg: TrackingConfig, folder: Path, outer_dir: Path, creation_token: str) -> RemoteRun:
+    """Resume or create a nested run in MLflow, as a child of the outer run. Raises: whatever MLflow raises."""
+    from foveal.tracking.mlflow import MLflowRun
+
+    store = MLflowRun(cfg, folder, outer_dir, creation_token)
+    store._parent_id = None  # noqa: SLF001 - the outer run has a state of its own, which no nested run sets
+    return store

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from foveal.tracking.node_rows import NodeRows
 from foveal.tracking.tail import MetricsTail, read_json_or_empty, read_step_rows, to_milliseconds
 from foveal.tracking.tracker import MetricPoint, MetricRow
 
@@ -85,6 +86,7 @@ class RunSync:
         self._sent_facts: Any = None
         self._remote = RemoteState({})
         self._rolled_back = False
+        self._nodes = NodeRows(run_dir)
         self._queue: deque[Path] = deque()
         self._sent_sizes: dict[Path, int] = {}  # bytes of the growing files when they were last sent
 
@@ -125,6 +127,7 @@ class RunSync:
             self.counts.rows_sent += len(missing)
             self.counts.rows_already_stored += len(batch.rows) - len(missing)
             self._tail.mark_delivered(batch)
+        self._nodes.upload(store)
         self._send_facts(store)
 
     def upload_files(self, *, final: bool) -> None:
@@ -162,7 +165,9 @@ class RunSync:
             store = self._connect()
             if store.run_id != self._synced_run:  # the first connection, or the store has lost the run
                 self._tail.restart()
-            self._remote = RemoteState(store.get_latest_steps())
+            latest_steps = store.get_latest_steps()
+            self._remote = RemoteState(latest_steps)
+            self._nodes.on_connected(store.run_id, latest_steps)
             self._synced_run = store.run_id
             self._sent_facts = None
             self._rolled_back = True

@@ -25,9 +25,19 @@ def superseded_error(run_dir: Path) -> AttemptSupersededError:
 
 
 def begin_attempt(
-    stage_name: str, run_dir: Path, plan: Plan, world: World, lease: Lease, step: int, *, is_nested: bool
+    stage_name: str,
+    run_dir: Path,
+    plan: Plan,
+    world: World,
+    lease: Lease,
+    step: int,
+    *,
+    is_nested: bool,
+    outer_tracker: Tracker | None,
 ) -> tuple[Tracker, MetricRow]:
     """Record the start step, open the tracker, and return it with the last row up to the step (empty: there is none).
+
+    ``outer_tracker``: of the run that contains this one, if any.
 
     Raises: RestartLoopError if the maximal number of attempts in a row started at this step without progress,
     AttemptSupersededError if another attempt has taken over the run.
@@ -44,7 +54,7 @@ def begin_attempt(
     _log.log(level, "attempt %d begins at step %d: %s", lease.number, step, run_dir)
     cfg = plan.cfg
     tracker, last_row = open_tracker(
-        run_dir, cfg.tracking, cfg.run.pipeline, step, lease.number, check_lease=raise_if_superseded
+        run_dir, cfg.tracking, cfg.run.pipeline, step, lease.number, raise_if_superseded, outer_tracker
     )
     tags = collect_attempt_tags(world) | (plan.fork.tags() if plan.fork else {})
     tracker.log_settings(cfg.to_flat_dict() | plan.inherited_science, tags)

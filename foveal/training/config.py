@@ -47,6 +47,11 @@ class LogConfig(Config):
         "At the end of the run, save pictures of the training images and of the exported encoder: features, attention, "
         "activations.",
     )
+    node_metrics: bool = machine(
+        True,
+        "Record the use of every node (processors, memory, disks, network, GPUs) in RUN/nodes.jsonl and MLflow's system "
+        "metrics.",
+    )
     profile_steps: tuple[int, int] | None = machine(
         None, "[first, last] step, counted from 1, that rank 0 profiles into RUN/profile/. null: no trace."
     )

@@ -32,6 +32,7 @@ from foveal.training.loop import RankFlags
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter, measure_peak_memory
+from foveal.training.node_log import NodeLog
 from foveal.training.plan import Plan
 from foveal.training.progress import ProgressReporter
 from foveal.training.report import log_report, write_finished
@@ -55,8 +56,10 @@ class Run:
     checkpoint_saver: CheckpointSaver
     straggler_meter: StragglerMeter
     outer_progress: ProgressReporter | None = None  # of the run that contains this one
+    outer_tracker: Tracker | None = None  # of that run, whose uploader delivers this one too
     metric_accumulator: MetricAccumulator = field(default_factory=MetricAccumulator)
     throughput_meter: ThroughputMeter = field(default_factory=ThroughputMeter)
+    node_log: NodeLog = field(default_factory=NodeLog)
     tracker: Tracker = field(default_factory=NullTracker)
     progress: ProgressReporter = field(default_factory=ProgressReporter)
     is_preempted: bool = False
@@ -113,7 +116,14 @@ class Run:
         plan, lease = self.plan, self.attempt
         assert isinstance(lease, Lease), "rank 0 holds the lease"
         self.tracker, self._last_row = begin_attempt(
-            self.stage_name, self.path, plan, self.world, lease, step, is_nested=self.is_nested
+            self.stage_name,
+            self.path,
+            plan,
+            self.world,
+            lease,
+            step,
+            is_nested=self.is_nested,
+            outer_tracker=self.outer_tracker,
         )
         self.progress = ProgressReporter(
             self.path.name,
@@ -166,7 +176,7 @@ class Run:
         rows = self.metric_accumulator.pop_rows(self.world.all_reduce_sum)
         if rows:
             straggler_metrics, straggler_table = self.straggler_meter.pop_metrics_and_table(
-                int(rows[-1]["step"]), self.world.all_gather_objects
+                int(rows[-1]["step"]), self.node_log.share_exchange(self.world.all_gather_objects)
             )
             bad_samples = float(self.data_log.flush_and_count_bad())
             rows[-1] |= (
@@ -180,6 +190,7 @@ class Run:
                 self.tracker.log_rows(rows)
                 if self.world.rank == 0:
                     self._straggler_log.append_json_lines(straggler_table)
+                    self.node_log.write(int(rows[-1]["step"]))
                 self.progress.show_row(rows[-1])
             self._last_row = rows[-1]
             self.data_log.check_bad_limit()
@@ -334,5 +345,6 @@ class Run:
         """Close this rank's open files and progress bar; no collective."""
         self.progress.close()
         self._straggler_log.close()
+        self.node_log.close()
         if self._data_log is not None:
             self._data_log.close()

@@ -41,6 +41,7 @@ from foveal.training.lease import Attempt, Lease, acquire_lease
 from foveal.training.lease_holder import current_holder
 from foveal.training.lineage import Fork
 from foveal.training.meters.stragglers import StragglerMeter
+from foveal.training.node_log import open_node_log
 from foveal.training.out_of_memory import diagnose_out_of_memory
 from foveal.training.plan import Plan, PlanT
 from foveal.training.rank_log import log_to_file
@@ -83,8 +84,7 @@ def open_run(
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
         stack.enter_context(log_to_file(logs / f"rank-{world.rank:03d}.log"))
-        level = logging.INFO if outer_run is None else logging.DEBUG
-        _log.log(level, "foveal %s, %s", __version__, describe_rank(world))
+        _log.log(logging.DEBUG if outer_run else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.record_end_and_release(end.reason, end.exit_code, end.step))
         if outer_run is not None:
@@ -97,12 +97,13 @@ def open_run(
             plan = decide_auto_settings(plan, store, world)  # before anything reads the engine's settings
             saver = CheckpointSaver(store, is_superseded=attempt.poll_superseded, write_timeout_seconds=timeout / 2)
             meter = StragglerMeter(world.device, socket.gethostname())
-            progress = outer_run.progress if outer_run is not None else None
-            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, progress)
+            outer = () if outer_run is None else (outer_run.progress, outer_run.tracker)
+            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, *outer)
             run.workers = stack.enter_context(open_workers(plan, world, outer_run))
             open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
             stack.callback(run.close)
+            run.node_log = open_node_log(path, world, plan.cfg.log)  # run.close ends it
             stack.callback(lambda: end.set_step(run.step))
             yield run
             run.finish_checkpoint()

@@ -82,7 +82,7 @@ def store(pipeline) -> dict[str, Any]:
 
 def test_mlflow_has_a_parent_and_its_three_children(store) -> None:
     runs = store["runs"]
-    assert sorted(runs) == sorted(("tiny", *STAGES))
+    assert sorted(runs) == sorted(("tiny", *STAGES, *TRIALS))
     parent = runs["tiny"].info.run_id
     assert "mlflow.parentRunId" not in runs["tiny"].data.tags
     assert {runs[stage].data.tags["mlflow.parentRunId"] for stage in STAGES} == {parent}
@@ -105,6 +105,17 @@ def test_mlflow_has_each_step_once(stage: str, store, pipeline) -> None:
 def test_mlflow_has_what_came_of_the_trials(store) -> None:
     metrics = store["runs"]["finetune"].data.metrics
     assert {f"{arm}_top1" for arm in ARMS} <= metrics.keys()
+
+
+def test_mlflow_has_each_trial_below_the_comparison(store, pipeline) -> None:
+    runs = store["runs"]
+    parent = runs["finetune"].info.run_id
+    assert {runs[trial].data.tags["mlflow.parentRunId"] for trial in TRIALS} == {parent}
+    for trial in TRIALS:
+        rows = rows_of(pipeline.runs / "finetune" / "trials" / trial)
+        history = store["client"].get_metric_history(runs[trial].info.run_id, "loss")
+        assert sorted(metric.step for metric in history) == column(rows, "step")
+        assert (runs[trial].info.status, runs[trial].data.tags["state"]) == ("FINISHED", "finished")
 
 
 def test_mlflow_has_the_pictures_and_the_card(store) -> None:

@@ -204,6 +204,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("foveal.data", "foveal.errors", "foveal.inspect.encoder", "foveal.inspect.picture"),
         ("numpy", "torch"),
     ),
+    "foveal.training.meters": (("foveal.atomic",), ("psutil", "torch")),
     "foveal.training": (
         (
             *CONFIGURED,

@@ -54,6 +54,7 @@ CONFIGS = get_stage_configs()
 # Attention that suits a processor brought one.
 # Pictures at a run's end brought one, for who does without them.
 # Reports at the end of a run brought one, for whose run directories are counted in megabytes.
+# The use of nodes brought one.
 MOST_SETTINGS = {"pretrain": 121, "distill": 142, "finetune": 166}
 
 

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ports import free_port
@@ -20,16 +21,31 @@ _CHUNK = 1 << 16
 
 
 class Server:
-    """MLflow's server with an SQLite store in a folder. It keeps its port and its store when it is started again."""
+    """MLflow's server with a store, SQLite if no other, in a folder. It keeps its port and its store when it is started again.
 
-    def __init__(self, folder: Path) -> None:
+    ``options`` are more of its command line, ``environment`` more of its variables, ``prefix`` its path in the URL.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        backend: str | None = None,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        prefix: str = "",
+    ) -> None:
         self._folder = folder
+        self._backend, self._options = backend or f"sqlite:///{folder}/mlflow.db", [*options]
+        self._environment, self._prefix = environment or {}, prefix
+        if prefix:
+            self._options += ["--static-prefix", prefix]
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}{self._prefix}"
 
     @property
     def is_down(self) -> bool:
@@ -39,12 +55,17 @@ class Server:
     def start(self) -> None:
         """Begin to start it; ``answers`` waits."""
         command = [PYTHON, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        command += ["--backend-store-uri", self._backend]
+        command += ["--serve-artifacts", "--artifacts-destination", str(self._folder / "artifacts"), *self._options]
         own = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, cwd=self._folder, env=os.environ | own, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self._folder,
+                env=os.environ | own | dict(self._environment),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def answers(self) -> None:

@@ -1,0 +1,266 @@
+"""Trials and folds reach the store through the outer run's uploader: each once, as its children, whatever fails."""
+
+import json
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from fake_store import Kept
+from points import in_jsonl, row
+from uploads import WAIT, until
+
+from foveal.atomic import write_json
+from foveal.tracking import nested, open_tracker, uploader
+from foveal.tracking.jsonl import JsonlTracker
+from foveal.tracking.nested import NestedTracker, OuterTracker, SyncWithNested, list_nested
+from foveal.tracking.sync import MetricsFileReplaced, RemoteRun, RunSync
+from foveal.tracking.tail import MetricsTail
+from foveal.tracking.tracker import TrackingConfig
+from foveal.tracking.uploader import Uploader
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name, seconds in {"_ROUND_SECONDS": 0.0, "_MIN_WAIT": 0.002, "_MAX_WAIT": 0.01}.items():
+        monkeypatch.setattr(uploader, name, seconds)
+    caplog.set_level(logging.INFO, "foveal")
+
+
+@dataclass
+class Stores:
+    """A store for each run directory, by its name; all fail alike."""
+
+    run: Path
+    by_name: dict[str, Kept] = field(default_factory=dict)
+    connections: list[str] = field(default_factory=list)
+    fail: Callable[[str], object] = lambda _: None
+    opened: list[JsonlTracker] = field(default_factory=list)
+
+    def of(self, name: str) -> Kept:
+        return self.by_name.setdefault(name, Kept())
+
+    def connect(self, folder: Path) -> Callable[[], RemoteRun]:
+        def connected() -> Kept:
+            self.connections.append(folder.name)
+            kept = self.of(folder.name)
+            kept.before = kept.after = self.fail
+            kept.run_id = folder.name
+            kept.connected()
+            if folder == self.run and not (folder / "mlflow.json").exists():
+                write_json(folder / "mlflow.json", {"run_id": "outer"})
+            return kept
+
+        return connected
+
+    def make_nested(self, folder: Path, tail: MetricsTail) -> RunSync:
+        return RunSync(folder, tail, self.connect(folder))
+
+    def begin(self, patience: float = WAIT) -> OuterTracker:
+        jsonl = JsonlTracker(self.run, 0)
+        self.opened.append(jsonl)
+        sync = SyncWithNested(self.run, jsonl.open_tail(), self.connect(self.run), self.make_nested)
+        return OuterTracker(jsonl, Uploader(sync, self.run, "here", patience), sync)
+
+    def sync_by_hand(self) -> SyncWithNested:
+        file = self.run / "metrics.jsonl"
+        tail = MetricsTail(os.open(file, os.O_RDONLY), file)
+        return SyncWithNested(self.run, tail, self.connect(self.run), self.make_nested, trusts_notes=False)
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> Iterator[Stores]:
+    stores = Stores(tmp_path / "run")
+    yield stores
+    for jsonl in stores.opened:
+        jsonl._stream.close()
+
+
+def begin_trial(outer: OuterTracker, name: str, start: int = 0) -> NestedTracker:
+    folder = outer.sync._run_dir / "trials" / name
+    tracker = outer.add_nested(folder, JsonlTracker(folder, start))
+    assert isinstance(tracker, NestedTracker)
+    tracker.log_settings({"seed": 1}, {"attempt.started": f"{name} {start}"})
+    return tracker
+
+
+def do_trial(outer: OuterTracker, name: str, first: int = 1, last: int = 3) -> None:
+    tracker = begin_trial(outer, name, first - 1)
+    for step in range(first, last + 1):
+        tracker.log_rows([row(step)])
+    write_json(outer.sync._run_dir / "trials" / name / "finished.json", {})
+    tracker.log_file(outer.sync._run_dir / "trials" / name / "finished.json")
+    tracker.close("finished")
+
+
+def check_delivered(stores: Stores, name: str, state: str = "finished") -> None:
+    kept = stores.of(name)
+    assert kept.numbers() == in_jsonl(stores.run / "trials" / name)
+    assert (kept.tags["state"], kept.settings) == (state, {"seed": 1})
+    assert "finished.json" in kept.artifacts
+
+
+def test_every_trial_arrives_and_the_outer_run_waits_once(stores: Stores) -> None:
+    outer = stores.begin()
+    outer.log_settings({"a": 1}, {})
+    for number in range(40):
+        do_trial(outer, f"t{number}")
+    outer.log_results_once({"top1": 0.5}, 40)
+    outer.close("finished")
+    assert len(list_nested(stores.run)) == 40
+    for number in range(40):
+        check_delivered(stores, f"t{number}")
+    assert stores.of("run").tags["state"] == "finished"
+    assert len(stores.connections) <= 41 + nested._MAX_OPEN, "a trial is connected to once, or few are twice"
+    assert not outer.sync._open
+
+
+def test_a_trial_under_way_is_seen(stores: Stores) -> None:
+    outer = stores.begin()
+    outer.log_settings({}, {})
+    trial = begin_trial(outer, "long")
+    trial.log_rows([row(1)])
+    until(lambda: stores.of("long").numbers() == {("loss", 1): [1.0], ("lr", 1): [0.01]})
+    assert stores.of("long").tags["state"] == "running"
+    trial.log_rows([row(2)])
+    until(lambda: ("loss", 2) in stores.of("long").numbers())
+    trial.rewind(1)
+    trial.log_rows([row(2), row(3)])
+    trial.close("diverged")
+    outer.close("failed")
+    assert {step for _, step in stores.of("long").numbers()} == {1, 2, 3}
+    assert stores.of("long").tags["state"] == "diverged"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_number_once_whatever_fails(seed: int, stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested, "_MAX_OPEN", 2)
+    trouble = random.Random(seed)
+
+    def fail(verb: str) -> None:
+        if trouble.random() < 0.15:
+            raise ConnectionError(f"{verb}: gone")
+
+    stores.fail = fail
+    outer = stores.begin()
+    outer.log_settings({}, {})
+    for number in range(8):
+        do_trial(outer, f"t{number}")
+    outer.close("finished")
+    assert outer.uploader.is_done
+    for number in range(8):
+        check_delivered(stores, f"t{number}")
+
+
+def test_a_store_that_is_down_blocks_no_trial_and_the_next_attempt_delivers(
+    stores: Stores, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_verb: str) -> None:
+        raise ConnectionError
+
+    stores.fail = refuse
+    outer = stores.begin(patience=0.0)
+    do_trial(outer, "a")
+    do_trial(outer, "b")
+    outer.close("saved-and-left")
+    assert f"tracking: 6 rows of {stores.run}" in caplog.text
+    thread = outer.uploader._thread
+    assert thread is not None
+    thread.join(WAIT)
+    stores.fail = lambda _: None
+    outer = stores.begin()
+    do_trial(outer, "c")
+    outer.close("finished")
+    for name in ("a", "b", "c"):
+        check_delivered(stores, name)
+
+
+def test_what_is_delivered_is_left_alone_by_later_attempts_and_compared_by_hand(stores: Stores) -> None:
+    outer = stores.begin()
+    do_trial(outer, "a")
+    left = begin_trial(outer, "left")
+    left.log_rows([row(1)])
+    left.close("saved-and-left")
+    outer.close("saved-and-left")
+    stores.connections.clear()
+    outer = stores.begin()
+    do_trial(outer, "left", 2)
+    outer.close("finished")
+    assert set(stores.connections) == {"run", "left"}
+    check_delivered(stores, "left")
+    stores.connections.clear()
+    by_hand = stores.sync_by_hand()
+    by_hand.upload_rows_and_tags()
+    by_hand.upload_files(final=True)
+    by_hand.close()
+    assert sorted(stores.connections) == ["a", "left", "run"]
+    check_delivered(stores, "a")
+
+
+def test_a_store_that_lost_all_gets_all(stores: Stores) -> None:
+    outer = stores.begin()
+    do_trial(outer, "a")
+    outer.close("saved-and-left")
+    stores.by_name.clear()
+    write_json(stores.run / "mlflow.json", {"run_id": "another"})
+    outer = stores.begin()
+    outer.log_settings({}, {})
+    outer.close("finished")
+    check_delivered(stores, "a")
+
+
+def test_a_damaged_trial_is_one_warning_and_the_others_arrive(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("bad", "worse"):
+        (stores.run / "trials" / name).mkdir(parents=True)
+        (stores.run / "trials" / name / "metrics.jsonl").write_text("{\n")
+    (stores.run / "trials" / "worse" / "metrics.jsonl").write_text(json.dumps(row(1) | {"time": 1.0}) + "\n")
+    (stores.run / "trials" / "worse" / "settings.json").write_text("[")
+    (stores.run / "folds").mkdir()
+    (stores.run / "folds" / "a file").write_text("")
+    outer = stores.begin()
+    do_trial(outer, "good")
+    outer.close("finished")
+    check_delivered(stores, "good")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert all("is not delivered: " in warning for warning in warnings)
+
+
+def test_a_trial_that_another_attempt_takes_over(stores: Stores) -> None:
+    outer = stores.begin()
+    outer.log_settings({}, {})
+    first = begin_trial(outer, "a")
+    first.log_rows([row(1)])
+    until(lambda: ("loss", 1) in stores.of("a").numbers())
+    other = JsonlTracker(stores.run / "trials" / "a", 1)  # of another process
+    other.log_rows([row(2)])
+    first.log_rows([row(7)])
+    first.rewind(1)
+    first.close("superseded")
+    other.close("saved-and-left")
+    outer.close("superseded")
+    assert {step for _, step in stores.of("a").numbers()} <= {1, 2}
+
+
+def test_the_outer_run_taken_over_delivers_nothing_more(stores: Stores) -> None:
+    outer = stores.begin()
+    outer.log_settings({}, {})
+    until(lambda: "run" in stores.connections)
+    later = JsonlTracker(stores.run, 0)
+    stores.opened.append(later)
+    with pytest.raises(MetricsFileReplaced):
+        outer.sync.upload_rows_and_tags()
+    outer.close("superseded")
+
+
+def test_who_delivers_a_nested_run(tmp_path: Path) -> None:
+    """Without MLflow, and for a fold of an array, which no run contains, nobody does here."""
+    cfg = TrackingConfig(uri=None)
+    outer, _ = open_tracker(tmp_path, cfg, None, 0)
+    inner, _ = open_tracker(tmp_path / "trials" / "a", cfg, None, 0, outer_tracker=outer)
+    assert isinstance(inner, JsonlTracker)
+    inner.close("finished")
+    outer.close("finished")
