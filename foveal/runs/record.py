@@ -10,6 +10,7 @@ from foveal.atomic import read_json, write_json
 from foveal.errors import CheckpointError
 from foveal.renames import translate_metrics, translate_settings
 from foveal.runs.inputs import RunInputs, read_inputs
+from foveal.runs.results import is_result
 from foveal.strict_yaml import read_yaml
 from foveal.tracking.tail import read_json_or_empty, read_step_rows
 from foveal.training.lease import AttemptRecord, list_attempts
@@ -19,9 +20,6 @@ from foveal.training.lineage import Fork, read_fork
 RunState = Literal["running", "unknown", "killed", "finished", "saved-and-left", "failed", "diverged", "superseded"]
 NESTED_FOLDERS = ("trials", "folds")  # of a run that consists of runs
 _PLAN, _FINISHED, _CONFIG = "plan.json", "finished.json", "config.yaml"
-# Numbers of a training step that are no results.
-_STEP_METRICS = ("step", "lr", "grad_norm", "data_wait", "bad_samples", "slowest_rank", "slowest_data_wait")
-_STEP_METRIC_SUFFIXES = ("_per_second", "_ms", "_seconds", "_gigabytes", "_applied")
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,6 @@ class RunRecord:
     def pictures(self) -> tuple[Path, ...]:
         """The pictures, by name and step."""
         return tuple(sorted((self.path / "pictures").glob("*.png")))
-
-
-def is_result(name: str, value: Any) -> bool:
-    """Whether a logged number says how good a model is, and not how a step went."""
-    return isinstance(value, float) and name not in _STEP_METRICS and not name.endswith(_STEP_METRIC_SUFFIXES)
 
 
 def is_run(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from foveal.redact import redact
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.sqlite_store import parse_sqlite_path, resolve_store_of_run
 from foveal.tracking.sync import RemoteRun, RunSync
+from foveal.tracking.sync_facts import FactsSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, MetricRow, Tracker, TrackingConfig
 from foveal.tracking.uploader import Uploader, UploadingTracker
@@ -54,7 +55,8 @@ def build_uploader(run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None,
     """Build the uploader of a run directory; its thread starts with the first ``notify``."""
     assert cfg.uri is not None
     connect = partial(_connect_mlflow, cfg, run_dir, Path(pipeline_dir) if pipeline_dir else None, uuid.uuid4().hex)
-    return Uploader(RunSync(run_dir, tail, connect), run_dir, redact(cfg.uri), cfg.flush_timeout_seconds)
+    facts = FactsSync(run_dir, cfg, f"MLflow at {redact(cfg.uri)}")
+    return Uploader(RunSync(run_dir, tail, connect, facts), run_dir, redact(cfg.uri), cfg.flush_timeout_seconds)
 
 
 def report_end_without_tracker(
