@@ -12,8 +12,9 @@ from foveal.runs.results import is_result
 from foveal.tracking.tail import read_json_or_empty, read_step_rows
 
 _VERBS = {"pretrain": "Pretraining", "distill": "Distillation", "finetune": "Fine-tuning"}
-_SECONDARY = ("lr_per_256", "_lowest", "_highest")  # of a comparison: what the results were reached with, their spread
-_MAX_RESULTS = 12
+# Of a comparison: what the results were reached with, and their spread.
+SECONDARY_RESULTS = ("lr_per_256", "_lowest", "_highest")
+_MAX_RESULTS = 6
 _MAX_TEXT = 7000  # characters; MLflow takes 8,000 in a tag
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
@@ -33,7 +34,7 @@ def read_results(run_dir: Path) -> dict[str, float]:
         for row in read_step_rows(run_dir / "metrics.jsonl"):
             summary = row if "loss" not in row else summary
     results = {name: float(value) for name, value in summary.items() if is_result(name, value)}
-    return dict(sorted(results.items(), key=lambda entry: entry[0].endswith(_SECONDARY)))
+    return dict(sorted(results.items(), key=lambda entry: entry[0].endswith(SECONDARY_RESULTS)))
 
 
 def describe_run(
@@ -46,26 +47,28 @@ def describe_run(
 ) -> str:
     """Return a short description: what is trained on what, how it went, where it lies."""
     lines = [
-        *_describe_work(stage, settings),
-        *(_describe_dataset(dataset) for dataset in (inputs.datasets if inputs else ())),
-        *(_describe_model(model) for model in (inputs.models if inputs else ())),
+        _describe_work(stage, settings),
         "",
         *_describe_state(tags),
         *_describe_results(results),
-        "",
-        f"Directory: `{_code(run_dir)}`",
+        *_describe_schedule(settings),
+        *(_describe_dataset(dataset) for dataset in (inputs.datasets if inputs else ())),
+        *(_describe_model(model) for model in (inputs.models if inputs else ())),
+        f"- directory: `{_code(run_dir)}`",
     ]
     text = redact("\n".join(lines))
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} ..."
 
 
-def _describe_work(stage: str, settings: Mapping[str, Any]) -> Iterator[str]:
+def _describe_work(stage: str, settings: Mapping[str, Any]) -> str:
     model = settings.get("model.name") or settings.get("backbone.model") or settings.get("model")
     size = [f"{settings[name]} {word}" for name, word in _SIZES.items() if settings.get(name) is not None]
     what = f" of {escape(model)}" if isinstance(model, str) else ""
     sizes = f" ({', '.join(size)})" if size and what else ""
-    yield f"**{_VERBS.get(stage, 'Training')}**{what}{sizes}"
-    yield ""
+    return f"**{_VERBS.get(stage, 'Training')}**{what}{sizes}"
+
+
+def _describe_schedule(settings: Mapping[str, Any]) -> Iterator[str]:
     if settings.get("epochs") is not None:
         rate = settings.get("optim.lr_per_256")
         yield (
@@ -100,14 +103,11 @@ def _describe_state(tags: Mapping[str, str]) -> Iterator[str]:
 
 
 def _describe_results(results: Mapping[str, float]) -> Iterator[str]:
-    if not results:
-        return
-    yield "| result | value |"
-    yield "| --- | --- |"
-    for name, value in list(results.items())[:_MAX_RESULTS]:
-        yield f"| {escape(name)} | {value:.4g} |"
-    if len(results) > _MAX_RESULTS:
-        yield f"| and {len(results) - _MAX_RESULTS} more | |"
+    """The most important results, in a line: the page shows all of them below, and the first lines of the description."""
+    if results:
+        shown = [f"{escape(name)} **{value:.4g}**" for name, value in list(results.items())[:_MAX_RESULTS]]
+        yield f"{', '.join(shown)}{f', and {len(results) - _MAX_RESULTS} more' if len(results) > _MAX_RESULTS else ''}"
+        yield ""
 
 
 def _code(text: object) -> str:

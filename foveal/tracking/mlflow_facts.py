@@ -24,9 +24,10 @@ from mlflow.utils.mlflow_tags import (
 
 from foveal.redact import redact
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs
+from foveal.tracking.description import SECONDARY_RESULTS
 from foveal.tracking.exported import Export
 from foveal.tracking.mlflow_models import ExportModels
-from foveal.tracking.mlflow_names import name_metric
+from foveal.tracking.mlflow_names import name_stage_result
 from foveal.tracking.mlflow_runs import ExperimentRuns
 from foveal.tracking.mlflow_status import combine_statuses, set_status
 from foveal.tracking.tracker import MetricPoint
@@ -99,8 +100,7 @@ class MLflowFacts:
         stage_name = self.run_name.partition("/")[2] or self.run_name
         time, step = at
         points = [
-            Metric(f"{stage_name}/{name_metric(name, of_step=False).removeprefix('results/')}", value, time, step)
-            for name, value in _choose_results(results)
+            Metric(name_stage_result(stage_name, name), value, time, step) for name, value in _choose_results(results)
         ]
         parent = self.client.get_run(self.parent_id)
         if missing := [point for point in points if parent.data.metrics.get(point.key) != point.value]:
@@ -178,8 +178,9 @@ def _dataset_tags(data: DatasetInput) -> list[InputTag]:
 
 def _choose_results(results: Mapping[str, float]) -> list[tuple[str, float]]:
     """Return few results: those of evaluations if there are any, else the first."""
-    evaluated = [(name, value) for name, value in results.items() if name.startswith(("val_", "holdout_", "fold_"))]
-    return (evaluated or list(results.items()))[:_MAX_STAGE_RESULTS]
+    main = [(name, value) for name, value in results.items() if not name.endswith(SECONDARY_RESULTS)]
+    evaluated = [(name, value) for name, value in main if name.startswith(("val_", "holdout_", "fold_"))]
+    return (evaluated or main)[:_MAX_STAGE_RESULTS]
 
 
 def _describe_pipeline(stages: Sequence[Run]) -> str:

@@ -9,6 +9,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import FEATURE_DISABLED, RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
 
 from foveal.redact import redact
 from foveal.tracking.exported import Export
@@ -47,6 +48,8 @@ class ExportModels:
                     "stage": export.stage,
                     "step": str(export.step),
                     "sha256": export.sha256,
+                    MLFLOW_SOURCE_NAME: f"foveal train {export.stage}",
+                    MLFLOW_SOURCE_TYPE: "LOCAL",
                 },
                 params={name: value[:_MAX_VALUE] for name, value in export.facts.items()},
                 model_type=f"foveal {export.stage}".strip(),

@@ -2,7 +2,6 @@
 # ruff: noqa: TID251 - one of the files that hold MLflow's library
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -18,8 +17,9 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
+from foveal.atomic import read_json
 from foveal.redact import redact_url_secrets
-from foveal.tracking.tail import read_step_rows, to_milliseconds
+from foveal.tracking.tail import to_milliseconds
 
 CREATION_TAG = "foveal.opened"
 _FOLDER_TAG = "foveal.folder"
@@ -104,12 +104,12 @@ class ExperimentRuns:
 
 
 def read_start(folder: Path) -> int | None:
-    """Return when a run began, in milliseconds, for one that is uploaded later; None if it begins now.
+    """Return when a run began, in milliseconds, for one that is uploaded later; None if that is not recorded.
 
     A pipeline begins with its first stage.
     """
-    rows = [folder / "metrics.jsonl", *folder.glob("*/metrics.jsonl")]
-    times = [row["time"] for file in rows for row in itertools.islice(read_step_rows(file), 1) if "time" in row]
+    records = [*folder.glob("attempts/0001.json"), *folder.glob("*/attempts/0001.json")]
+    times = [record["time"] for file in records if isinstance((record := read_json(file)).get("time"), float)]
     return to_milliseconds(min(times)) if times else None
 
 
