@@ -137,7 +137,9 @@ def has(server: Server, run: Path, step: int) -> None:
     """Wait until the store has a step."""
     client, end = MlflowClient(server.uri), time.monotonic() + _LONG
     while time.monotonic() < end:
-        if (run / "mlflow.json").exists() and client.get_run(run_id(run)).data.metrics.get("update/lr", 0) >= step / 1000:
+        if (run / "mlflow.json").exists() and client.get_run(run_id(run)).data.metrics.get(
+            "update/lr", 0
+        ) >= step / 1000:
             return
         time.sleep(0.1)
     pytest.fail(f"{run}: step {step} was not delivered within {_LONG} s")
