@@ -13,8 +13,8 @@ from foveal.tracking.tail import read_json_or_empty, read_step_rows
 
 _VERBS = {"pretrain": "Pretraining", "distill": "Distillation", "finetune": "Fine-tuning"}
 # Of a comparison: what the results were reached with, and their spread.
-SECONDARY_RESULTS = ("lr_per_256", "_lowest", "_highest")
-_MAX_RESULTS = 6
+_SECONDARY = ("lr_per_256", "_lowest", "_highest")
+_MAX_RESULTS, _AND = 6, ", "
 _MAX_TEXT = 7000  # characters; MLflow takes 8,000 in a tag
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
@@ -25,16 +25,19 @@ def escape(text: object) -> str:
 
 
 def read_results(run_dir: Path) -> dict[str, float]:
-    """Return the results of a finished run; else those of the newest evaluation; else none. By logged name.
-
-    The most important come first.
-    """
+    """Return the results of a finished run; else those of the newest evaluation; else none. By logged name."""
     summary: Mapping[str, Any] = translate_metrics(read_json_or_empty(run_dir / "finished.json").get("summary", {}))
     if not summary:
         for row in read_step_rows(run_dir / "metrics.jsonl"):
             summary = row if "loss" not in row else summary
-    results = {name: float(value) for name, value in summary.items() if is_result(name, value)}
-    return dict(sorted(results.items(), key=lambda entry: entry[0].endswith(SECONDARY_RESULTS)))
+    return {name: float(value) for name, value in summary.items() if is_result(name, value)}
+
+
+def main_results(results: Mapping[str, float]) -> dict[str, float]:
+    """Return the results that say how good a model is: those of evaluations, if there are any; no spread, no rates."""
+    main = {name: value for name, value in results.items() if not name.endswith(_SECONDARY)}
+    evaluated = {name: value for name, value in main.items() if name.startswith(("val_", "holdout_", "fold_"))}
+    return evaluated or main
 
 
 def describe_run(
@@ -47,10 +50,10 @@ def describe_run(
 ) -> str:
     """Return a short description: what is trained on what, how it went, where it lies."""
     lines = [
-        _describe_work(stage, settings),
+        _describe_work(stage, settings, inputs),
         "",
         *_describe_state(tags),
-        *_describe_results(results),
+        *_describe_results(main_results(results)),
         *_describe_schedule(settings),
         *(_describe_dataset(dataset) for dataset in (inputs.datasets if inputs else ())),
         *(_describe_model(model) for model in (inputs.models if inputs else ())),
@@ -60,12 +63,17 @@ def describe_run(
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} ..."
 
 
-def _describe_work(stage: str, settings: Mapping[str, Any]) -> str:
+def _describe_work(stage: str, settings: Mapping[str, Any], inputs: RunInputs | None) -> str:
+    """Return what is trained: a model of timm with its sizes, else the model that the run starts from."""
     model = settings.get("model.name") or settings.get("backbone.model") or settings.get("model")
-    size = [f"{settings[name]} {word}" for name, word in _SIZES.items() if settings.get(name) is not None]
-    what = f" of {escape(model)}" if isinstance(model, str) else ""
-    sizes = f" ({', '.join(size)})" if size and what else ""
-    return f"**{_VERBS.get(stage, 'Training')}**{what}{sizes}"
+    start = next((entry for entry in (inputs.models if inputs else ()) if entry.role == "init"), None)
+    what = ""
+    if start is not None:
+        what = f" of {escape(Path(start.inputs.run if start.inputs else start.path).name)}"
+    elif isinstance(model, str):
+        size = [f"{settings[name]} {word}" for name, word in _SIZES.items() if settings.get(name) is not None]
+        what = f" of {escape(model)}{f' ({_AND.join(size)})' if size else ''}"
+    return f"**{_VERBS.get(stage, 'Training')}**{what}"
 
 
 def _describe_schedule(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -99,8 +99,8 @@ class MLflowRun:
         stored_params, stored_tags = run.data.params, run.data.tags
         names = settings if changed is None else choose_params(settings, changed)
         params = {
-            name: redact(str(value))[:_MAX_PARAM_LENGTH]
-            for name, value in settings.items()
+            name: redact(str(settings[name]))[:_MAX_PARAM_LENGTH]
+            for name in dict.fromkeys([*names, *settings])  # MLflow's page shows them in the order of their arrival
             if is_param(name, names, stored_params)
         }
         new_params = [Param(name, value) for name, value in params.items() if name not in stored_params]

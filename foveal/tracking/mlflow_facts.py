@@ -24,7 +24,7 @@ from mlflow.utils.mlflow_tags import (
 
 from foveal.redact import redact
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs
-from foveal.tracking.description import SECONDARY_RESULTS
+from foveal.tracking.description import main_results
 from foveal.tracking.exported import Export
 from foveal.tracking.mlflow_models import ExportModels
 from foveal.tracking.mlflow_names import name_stage_result
@@ -100,7 +100,8 @@ class MLflowFacts:
         stage_name = self.run_name.partition("/")[2] or self.run_name
         time, step = at
         points = [
-            Metric(name_stage_result(stage_name, name), value, time, step) for name, value in _choose_results(results)
+            Metric(name_stage_result(stage_name, name), value, time, step)
+            for name, value in list(main_results(results).items())[:_MAX_STAGE_RESULTS]
         ]
         parent = self.client.get_run(self.parent_id)
         if missing := [point for point in points if parent.data.metrics.get(point.key) != point.value]:
@@ -174,13 +175,6 @@ def _to_dataset(data: DatasetInput) -> Dataset:
 def _dataset_tags(data: DatasetInput) -> list[InputTag]:
     tags = {MLFLOW_DATASET_CONTEXT: data.role, "foveal.split": data.split, "foveal.num_used": str(data.num_used)}
     return [InputTag(name, value[:_MAX_TAG]) for name, value in tags.items()]
-
-
-def _choose_results(results: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Return few results: those of evaluations if there are any, else the first."""
-    main = [(name, value) for name, value in results.items() if not name.endswith(SECONDARY_RESULTS)]
-    evaluated = [(name, value) for name, value in main if name.startswith(("val_", "holdout_", "fold_"))]
-    return (evaluated or main)[:_MAX_STAGE_RESULTS]
 
 
 def _describe_pipeline(stages: Sequence[Run]) -> str:

@@ -1,6 +1,7 @@
 """Exports as MLflow's logged models, and as versions of a registered model."""
 # ruff: noqa: TID251 - one of the files that hold MLflow's library
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import FEATURE_DISABLED, RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
 
 from foveal.redact import redact
 from foveal.tracking.exported import Export
-from foveal.tracking.mlflow_names import name_model
+from foveal.tracking.mlflow_names import is_evaluation, name_model
 from foveal.tracking.store_errors import StoreRefusedError
 from foveal.tracking.tracker import MetricPoint
 
@@ -50,6 +51,7 @@ class ExportModels:
                     "sha256": export.sha256,
                     MLFLOW_SOURCE_NAME: f"foveal train {export.stage}",
                     MLFLOW_SOURCE_TYPE: "LOCAL",
+                    MLFLOW_RUN_NOTE: redact(export.read_description())[:_MAX_DESCRIPTION],
                 },
                 params={name: value[:_MAX_VALUE] for name, value in export.facts.items()},
                 model_type=f"foveal {export.stage}".strip(),
@@ -90,8 +92,17 @@ class ExportModels:
                     "models are registered in a store with a database only: sqlite:///, postgresql:// or a server with one"
                 ) from None
             raise
+        self._link_version(model_id, name, str(version.version))
         if alias is not None and alias not in (version.aliases or ()):
             self.client.set_registered_model_alias(name, alias, str(version.version))
+
+    def _link_version(self, model_id: str, name: str, version: str) -> None:
+        """Tag a model with its version, from which its page leads there; a server has done so, a plain store has not."""
+        tagged = self.client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS)
+        versions = json.loads(tagged) if tagged else []
+        entry = {"name": name, "version": version}
+        if not any({key: str(known.get(key)) for key in entry} == entry for known in versions):
+            self.client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*versions, entry])})
 
     def _find(self, export: Export) -> list[LoggedModel]:
         """Return the models of an export, the oldest first."""
@@ -117,7 +128,8 @@ class ExportModels:
                 raise
         return self.client.create_model_version(
             name,
-            source=f"models:/{model_id}",
+            # Not models:/ID: a store without a server would look that up where MLFLOW_TRACKING_URI leads.
+            source=str(self.client.get_logged_model(model_id).artifact_location),
             run_id=self.run_id,
             tags={"stage": export.stage, "sha256": export.sha256, "step": str(export.step)},
             description=redact(export.read_description())[:_MAX_DESCRIPTION],
@@ -129,8 +141,7 @@ class ExportModels:
 def _to_metric(point: MetricPoint, model_id: str, evaluated_on: Dataset | None) -> Metric:
     """Return a point of a model, with the data set that it was measured on if that is one of evaluation."""
     name, value, time, step = point
-    is_evaluation = name.startswith(("val/", "holdout/", "fold/"))
-    if evaluated_on is None or not is_evaluation:
+    if evaluated_on is None or not is_evaluation(name):
         return Metric(name, value, time, step, model_id=model_id)
     return Metric(
         name,

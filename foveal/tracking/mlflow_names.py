@@ -36,6 +36,7 @@ def name_metric(name: str, *, of_step: bool) -> str:
         group = _EVALUATIONS if subset == "val" else f"{_EVALUATIONS}/{subset}"
     elif of_step:
         group = _UPDATES if name in _UPDATE_NAMES else _LOSSES
+        name = name.removeprefix(f"{_LOSSES}_") or name
     else:
         group = ""
     return _clean_path(f"{group}/{name}" if group else name)
@@ -53,6 +54,11 @@ def name_metrics(row: MetricRow) -> dict[str, float]:
         for name, value in row.items()
         if name not in ("step", "time") and _UNEVENTFUL.get(name) != value
     }
+
+
+def is_evaluation(mlflow_name: str) -> bool:
+    """Whether a metric is measured on the images of evaluation; held-out images are of the training's split."""
+    return mlflow_name.startswith(f"{_EVALUATIONS}/") and not mlflow_name.startswith(f"{_EVALUATIONS}/holdout/")
 
 
 def name_stage_result(stage: str, name: str) -> str:

@@ -7,7 +7,7 @@ costs a line in the log. A failure that may pass is raised, and everything is tr
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from foveal.errors import CheckpointError
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs, read_inputs
@@ -25,6 +25,7 @@ from foveal.tracking.tracker import MetricPoint, TrackingConfig
 
 _MAX_FAILURES = 8  # of one fact in a row, while rows arrive
 _SIGNED_FILES = ("tags.json", "inputs.json", "finished.json", "settings.json")
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -106,7 +107,7 @@ class FactsSync:
             self._try("data sets of runs", lambda: store.log_datasets(inputs.datasets))
             self._try("models as inputs of runs", lambda: self._log_input_models(store, inputs))
         stage = inputs.stage if inputs else str(read_json_or_empty(self._run / "plan.json").get("stage", ""))
-        results = read_results(self._run)
+        results = self._read_or_warn(lambda: read_results(self._run), {})
         settings = read_json_or_empty(self._run / "settings.json")
         text = describe_run(self._run, stage, settings, tags, inputs, results)
         self._try("standard tags", lambda: store.describe(stage, tags, text))
@@ -157,11 +158,17 @@ class FactsSync:
         store.log_input_models(linked, [model for model in inputs.models if model.role not in linked])
 
     def _read_inputs(self) -> RunInputs | None:
+        return self._read_or_warn(lambda: read_inputs(self._run), None)
+
+    def _read_or_warn(self, read: Callable[[], _T], default: _T) -> _T:
+        """Read a file of the run; a damaged one is said once, and costs what it says."""
         try:
-            return read_inputs(self._run)
-        except CheckpointError as error:  # damaged: the rest arrives
-            self._warn("the run's inputs", str(error))
-            return None
+            return read()
+        except CheckpointError as error:
+            if str(error) not in self._missing:
+                self._missing.add(str(error))
+                _log.warning("tracking: %s; %s gets the rest", error, self._store_name)
+            return default
 
     def _try(self, feature: str, send: Callable[[], None]) -> None:
         """Send one fact. Raises: what ``send`` raised, unless the store does not take such facts."""
