@@ -26,11 +26,11 @@ from foveal.inference.predictions import Columns, Prediction
 from foveal.inspect.image_grid import draw_image_grid
 from foveal.models.backbone import BackboneCard, build_meta_backbone, has_batch_norm, parse_encoder_card
 from foveal.models.config import Pooling
+from foveal.quantities import format_count
 from foveal.training.evaluations import Metric
 from foveal.training.lineage import Fork
 from foveal.training.loop import TrainingSetup
 from foveal.training.plan import Plan
-from foveal.quantities import format_count
 from foveal.training.run import Run
 from foveal.weights.pretrained import PretrainedSource, SourceModel
 

@@ -160,6 +160,26 @@ class Config(BaseModel):
         neutral = self.neutral_values()
         return {name: value for name, value in science.items() if name not in neutral or neutral[name] != value}
 
+    def changed_science(self, prefix: str = "") -> list[str]:
+        """Return the dotted names of the science settings with another value than their default, in their order."""
+        names: list[str] = []
+        for name, field in type(self).model_fields.items():
+            value, dotted = getattr(self, name), f"{prefix}{name}"
+            if get_setting_kind(field) == "machine":
+                continue
+            if isinstance(value, Config):
+                names += value.changed_science(f"{dotted}.")
+            elif isinstance(value, tuple) and value and isinstance(value[0], Config):
+                names += [
+                    inner
+                    for number, section in enumerate(value)
+                    if isinstance(section, Config)
+                    for inner in section.changed_science(f"{dotted}.{number}.")
+                ]
+            elif value != field.get_default(call_default_factory=True):
+                names.append(dotted)
+        return names
+
     def to_flat_dict(self) -> dict[str, Any]:
         """Return every setting, ``dotted.key`` to value."""
         return {name: value for name, value, _ in self.iter_settings()}

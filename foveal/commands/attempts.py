@@ -19,7 +19,7 @@ from foveal.errors import (
     TrainingHungError,
 )
 from foveal.quantities import format_duration
-from foveal.runs.record import is_result
+from foveal.runs.results import is_result
 from foveal.training.lease import AttemptRecord, list_attempts
 from foveal.training.lease_holder import current_holder, get_liveness_and_reason
 from foveal.training.lineage import read_fork

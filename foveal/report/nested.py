@@ -11,7 +11,8 @@ from foveal.atomic import read_json
 from foveal.errors import CheckpointError
 from foveal.report.charts import Chart, draw_dots
 from foveal.report.text import format_duration, format_number, is_higher_better
-from foveal.runs.record import RunRecord, is_result
+from foveal.runs.record import RunRecord
+from foveal.runs.results import is_result
 from foveal.tracking.tail import read_json_or_empty
 from foveal.training.lease import list_attempts
 

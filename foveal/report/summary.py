@@ -11,7 +11,8 @@ from foveal.report.results import Result, group_results
 from foveal.report.settings import infer_stage
 from foveal.report.text import format_count, format_duration, format_number
 from foveal.runs.inputs import RunInputs
-from foveal.runs.record import RunRecord, is_result
+from foveal.runs.record import RunRecord
+from foveal.runs.results import is_result
 from foveal.training.lease import AttemptRecord
 
 STATE_WORDS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.renames import translate_metrics
-from foveal.runs.record import is_result
+from foveal.runs.results import is_result
 from foveal.training.evaluations import Metric, find_best_step
 
 _SELECTION_SETTING = "early_stopping.metric"

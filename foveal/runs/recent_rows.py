@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foveal.runs.record import is_result
+from foveal.runs.results import is_result
 
 _PACE_SECONDS = 600.0  # the pace is that of the last ten minutes: it contains evaluations and saves
 _MAX_AVERAGED_STEPS = 100  # in each of the two means of the loss

@@ -10,6 +10,7 @@ from foveal.atomic import read_json, write_json
 from foveal.errors import AttemptSupersededError, CheckpointError, ConfigError, TrainingDivergedError
 from foveal.renames import translate_metrics, translate_settings
 from foveal.runs.inputs import RunInputs, read_inputs
+from foveal.runs.results import is_result
 from foveal.strict_yaml import read_yaml
 from foveal.tracking.nested import NESTED_FOLDERS
 from foveal.tracking.tail import read_json_or_empty, read_step_rows
@@ -22,9 +23,6 @@ _PLAN, _FINISHED, _CONFIG = "plan.json", "finished.json", "config.yaml"
 # Settings that one stage alone has: for a run without plan.json, one of 0.1 or one that has just begun.
 _STAGE_BY_SETTING = {"method": "distill", "freeze_encoder": "finetune", "mask_ratio": "pretrain"}
 STAGES = ("pretrain", "distill", "finetune")
-# Numbers of a training step that are no results.
-_STEP_METRICS = ("step", "lr", "grad_norm", "data_wait", "bad_samples", "slowest_rank", "slowest_data_wait")
-_STEP_METRIC_SUFFIXES = ("_per_second", "_ms", "_seconds", "_gigabytes", "_applied")
 
 
 @dataclass(frozen=True)
@@ -142,11 +140,6 @@ def state_after_end(exit_code: int) -> RunState:
         AttemptSupersededError.exit_code: "superseded",
     }
     return states.get(exit_code, "failed")
-
-
-def is_result(name: str, value: Any) -> bool:
-    """Whether a logged number says how good a model is, and not how a step went."""
-    return isinstance(value, float) and name not in _STEP_METRICS and not name.endswith(_STEP_METRIC_SUFFIXES)
 
 
 def is_run(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.nested import OuterTracker, SyncWithNested
 from foveal.tracking.sqlite_store import parse_sqlite_path, resolve_store_of_run
 from foveal.tracking.sync import RemoteRun, RunSync
+from foveal.tracking.sync_facts import FactsSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, MetricRow, Tracker, TrackingConfig
 from foveal.tracking.uploader import Uploader
@@ -80,10 +81,12 @@ def _build_sync(
     run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None, tail: MetricsTail, *, compares_nested: bool = False
 ) -> SyncWithNested:
     connect = partial(_connect_mlflow, cfg, run_dir, Path(pipeline_dir) if pipeline_dir else None, uuid.uuid4().hex)
+    facts = FactsSync(run_dir, cfg, f"MLflow at {redact(cfg.uri or '')}")
     return SyncWithNested(
         run_dir,
         tail,
         connect,
+        facts,
         lambda folder, rows: RunSync(folder, rows, partial(_connect_nested, cfg, folder, run_dir, uuid.uuid4().hex)),
         trusts_notes=not compares_nested,
     )
@@ -119,6 +122,4 @@ def _connect_nested(cfg: TrackingConfig, folder: Path, outer_dir: Path, creation
     """Resume or create a nested run in MLflow, as a child of the outer run. Raises: whatever MLflow raises."""
     from foveal.tracking.mlflow import MLflowRun
 
-    store = MLflowRun(cfg, folder, outer_dir, creation_token)
-    store._parent_id = None  # noqa: SLF001 - the outer run has a state of its own, which no nested run sets
-    return store
+    return MLflowRun(cfg, folder, outer_dir, creation_token, is_nested=True)

@@ -2,6 +2,7 @@
 
 ``metrics.jsonl``  one JSON object per step or evaluation, with ``time``: unix seconds of writing
 ``settings.json``  all settings: ``dotted.key`` to value
+``changed_settings.json``  names of the science settings with another value than their default
 ``tags.json``      tags of the newest attempt, its ``state`` and, once it has ended, ``why_stopped``
 """
 
@@ -58,7 +59,8 @@ class JsonlTracker:
         """Open a reader of this attempt's own file, for the uploader; a later attempt may take over the name."""
         return MetricsTail(os.dup(self._stream.fileno()), self._file)
 
-    def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None:
+    def log_settings(self, settings: dict[str, Any], tags: dict[str, str], changed: Sequence[str] = ()) -> None:
+        write_json(self._run / "changed_settings.json", {"names": list(changed)})
         write_json(self._run / "settings.json", settings)
         write_json(self._run / "tags.json", {**{name: redact(tag) for name, tag in tags.items()}, "state": "running"})
 

@@ -1,13 +1,10 @@
 """MLflow: one parent run per pipeline, one child run per stage; a restarted stage continues its child run."""
 
 import contextlib
-import json
 import logging
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +15,30 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from foveal.redact import redact, redact_url_secrets
+from foveal.redact import redact
 from foveal.renames import translate_setting
+from foveal.tracking.mlflow_facts import MLflowFacts
+from foveal.tracking.mlflow_names import name_run
+from foveal.tracking.mlflow_runs import CREATION_TAG, ExperimentRuns, read_end
+from foveal.tracking.mlflow_status import set_status, status_of
+from foveal.tracking.params import choose_params, is_param
 from foveal.tracking.sqlite_store import lock_store, parse_sqlite_path, prepare_store_and_artifacts
 from foveal.tracking.store_errors import StoreRefusedError
+from foveal.tracking.sync_facts import RemoteFacts
 from foveal.tracking.tracker import MetricPoint, TrackingConfig
 
 _MAX_PARAMS = 90  # per request: MLflow's limit is 100 params and 100 tags
 _MAX_PARAM_LENGTH = 6000  # characters; settings.json among the run's files has the complete values
-_CREATION_TAG, _FOLDER_TAG = "foveal.opened", "foveal.folder"
 # Seconds per request; retries, their number and their log lines are the uploader's business.
 _MLFLOW_SETTINGS = {
     MLFLOW_HTTP_REQUEST_TIMEOUT: 10,
     MLFLOW_HTTP_REQUEST_MAX_RETRIES: 0,
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT: True,
 }
-_STATUS = {"running": "RUNNING", "finished": "FINISHED", "saved-and-left": "KILLED"}  # any other state: FAILED
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +49,21 @@ class MLflowRun:
     ``creation_token`` tags a run that is created here, because a request that seemed to fail may have created it.
     """
 
-    def __init__(self, cfg: TrackingConfig, run_dir: Path, pipeline_dir: Path | None, creation_token: str) -> None:
+    def __init__(
+        self,
+        cfg: TrackingConfig,
+        run_dir: Path,
+        parent_dir: Path | None,
+        creation_token: str,
+        *,
+        is_nested: bool = False,
+    ) -> None:
+        """``parent_dir``: of the run's pipeline, or of the run that contains it if ``is_nested``."""
         assert cfg.uri is not None
         # Failures are raised and logged by the uploader. Importing MLflow sets the levels, so this must come later.
         for logger_name in ("mlflow", "alembic"):
             logging.getLogger(logger_name).setLevel(logging.CRITICAL)
+        self._run_dir = run_dir
         uri, artifacts = prepare_store_and_artifacts(_expand_variables(cfg.uri))
         for variable, value in _MLFLOW_SETTINGS.items():
             if not variable.is_set():
@@ -60,14 +71,19 @@ class MLflowRun:
         with _lock_or_create_sqlite(uri, artifacts):
             self._client = MlflowClient(tracking_uri=uri)
             experiment = _get_or_create_experiment(self._client, cfg.experiment, artifacts)
-        runs = _ExperimentRuns(self._client, cfg.uri, parse_sqlite_path(uri), experiment)
-        self._parent_id = (
+        runs = ExperimentRuns(self._client, cfg.uri, parse_sqlite_path(uri), experiment)
+        parent = None if parent_dir is None else parent_dir.resolve()
+        parent_id = (
             None
-            if pipeline_dir is None
-            else runs.resume_or_create_run(pipeline_dir, {_CREATION_TAG: f"{creation_token}.pipeline"})
+            if parent is None
+            else runs.resume_or_create_run(parent, parent.name, {CREATION_TAG: f"{creation_token}.pipeline"})
         )
-        parent_tag = {} if self._parent_id is None else {MLFLOW_PARENT_RUN_ID: self._parent_id}
-        self.run_id = runs.resume_or_create_run(run_dir, {_CREATION_TAG: creation_token, **parent_tag})
+        parent_tag = {} if parent_id is None else {MLFLOW_PARENT_RUN_ID: parent_id}
+        run_name = run_dir.resolve().name if is_nested else name_run(run_dir.resolve(), parent)
+        self.run_id = runs.resume_or_create_run(run_dir, run_name, {CREATION_TAG: creation_token, **parent_tag})
+        # A run that contains others has a state of its own, which none of them sets.
+        pipeline_id = None if is_nested else parent_id
+        self.facts: RemoteFacts = MLflowFacts(self._client, runs, self.run_id, pipeline_id, run_name)
 
     def get_latest_steps(self) -> dict[str, int]:
         data = self._client.get_run(self.run_id).data
@@ -83,29 +99,39 @@ class MLflowRun:
         metrics = [Metric(name, value, timestamp, step) for name, value, timestamp, step in points]
         self._client.log_batch(self.run_id, metrics=metrics, synchronous=True)
 
-    def set_params_tags_status(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Set params, tags and status. A param can be written once: the value of a changed setting becomes a tag."""
-        run_data = self._client.get_run(self.run_id).data
-        stored_params, stored_tags = run_data.params, run_data.tags
-        params = {name: redact(str(value))[:_MAX_PARAM_LENGTH] for name, value in settings.items()}
+    def set_params_tags_status(
+        self, settings: Mapping[str, Any], tags: Mapping[str, str], changed: Sequence[str] | None = None
+    ) -> None:
+        """Set params, tags and status. A param can be written once: the value of a changed setting becomes a tag.
+
+        changed: names of the settings that are params beside a core of settings; None: all settings are params.
+        """
+        run = self._client.get_run(self.run_id)
+        stored_params, stored_tags = run.data.params, run.data.tags
+        names = settings if changed is None else choose_params(settings, changed)
+        params = {
+            name: redact(str(settings[name]))[:_MAX_PARAM_LENGTH]
+            for name in dict.fromkeys([*names, *settings])  # MLflow's page shows them in the order of their arrival
+            if is_param(name, names, stored_params)
+        }
         new_params = [Param(name, value) for name, value in params.items() if name not in stored_params]
         for at in range(0, len(new_params), _MAX_PARAMS):
             self._log_params(new_params[at : at + _MAX_PARAMS])
         tags = {name: redact(value) for name, value in tags.items()}
         # A setting that differs from its param, or once did and was set back.
-        changed = {
+        changed_params = {
             tag: value
             for name, value in params.items()
             if (tag := f"changed.{name}") in stored_tags
             or translate_setting(name, stored_params.get(name, value))[1] != value
         }
         new_tags = [
-            RunTag(name, value) for name, value in {**changed, **tags}.items() if stored_tags.get(name) != value
+            RunTag(name, value) for name, value in {**changed_params, **tags}.items() if stored_tags.get(name) != value
         ]
         for at in range(0, len(new_tags), _MAX_PARAMS):
             self._client.log_batch(self.run_id, tags=new_tags[at : at + _MAX_PARAMS], synchronous=True)
-        for run_id in filter(None, (self._parent_id, self.run_id)):
-            self._set_status(run_id, _STATUS.get(tags["state"], "FAILED"))
+        status = status_of(tags["state"])
+        set_status(self._client, self.run_id, status, None if status == "RUNNING" else read_end(self._run_dir))
 
     def _log_params(self, params: Sequence[Param]) -> None:
         """Log params; a request that was believed lost may log them at the same time, and the server then refuses."""
@@ -115,13 +141,6 @@ class MLflowRun:
             stored = self._client.get_run(self.run_id).data.params
             if any(stored.get(param.key) != param.value for param in params):
                 raise
-
-    def _set_status(self, run_id: str, status: str) -> None:
-        if self._client.get_run(run_id).info.status != status:
-            if status == "RUNNING":
-                self._client.update_run(run_id, status=status)
-            else:
-                self._client.set_terminated(run_id, status)
 
     def list_files(self) -> dict[str, int]:
         artifacts = [file for folder in (None, "pictures") for file in self._client.list_artifacts(self.run_id, folder)]
@@ -151,12 +170,19 @@ def _lock_or_create_sqlite(uri: str, artifacts: str | None) -> contextlib.Abstra
     return contextlib.nullcontext() if file is None else lock_store(file, create)
 
 
+# The page that opens for an experiment: MLflow has one for models that are trained and one for chat bots. It guesses.
+_KIND_TAG, _KIND, _GUESSED_KINDS = "mlflow.experimentKind", "custom_model_development", ("", "no_inferred_type")
+
+
 def _get_or_create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    """Return the id of an experiment, created if it is missing. Raises: StoreRefusedError if it is deleted."""
+    """Return the id of an experiment, created if it is missing. Raises: StoreRefusedError if it is deleted.
+
+    An experiment without a kind, or with one that MLflow's page has guessed, becomes one of models that are trained.
+    """
     existing = client.get_experiment_by_name(name)
     if existing is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
+            return str(client.create_experiment(name, artifact_location=artifacts, tags={_KIND_TAG: _KIND}))
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
@@ -164,117 +190,7 @@ def _get_or_create_experiment(client: MlflowClient, name: str, artifacts: str | 
         assert existing is not None
     if existing.lifecycle_stage != LifecycleStage.ACTIVE:
         raise StoreRefusedError(f"experiment {name} is deleted: restore it or name another (tracking.experiment)")
+    kind = existing.tags.get(_KIND_TAG, "")
+    if kind in _GUESSED_KINDS or kind.endswith("_inferred"):
+        client.set_experiment_tag(existing.experiment_id, _KIND_TAG, _KIND)
     return str(existing.experiment_id)
-
-
-@dataclass(frozen=True)
-class _ExperimentRuns:
-    """The runs of an experiment that belong to run directories. ``file``: the absolute path of an SQLite store."""
-
-    client: MlflowClient
-    store: str
-    file: Path | None
-    experiment: str
-
-    def resume_or_create_run(self, folder: Path, tags: dict[str, str]) -> str:
-        """Return the id of the run that belongs to a folder: the one in its note, or a new one.
-
-        The note ``mlflow.json`` names its folder. A copy of the folder ignores the note while the original folder still
-        holds it, so original and copy continue in runs of their own; if the original is gone, the folder was moved and
-        keeps its run. Two processes that find no note both create a run; the first one's note stays, the other deletes
-        its run and continues with the first's. A note about a run that this store does not have is succeeded in the same
-        way, under a file name that contains the old run's id, so that it has one successor.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        folder = folder.resolve()  # "." has no name
-        note_file = folder / "mlflow.json"
-        file, new_run_id, reason = note_file, None, None
-        while (note := _read_note(file)) is None or (rejection := self._explain_rejection(note, folder)):
-            if note is not None:
-                file, reason = folder / f".mlflow.json.after-{note['run_id']}", rejection
-                continue
-            new_run_id = new_run_id or self._create_run(folder, tags)
-            new_note = {"run_id": new_run_id, "store": self.store, "folder": str(folder), **self._file_fact()}
-            draft = _write_draft_note(note_file, new_note)
-            with contextlib.suppress(FileExistsError):
-                file.hardlink_to(draft)
-            draft.unlink()
-        if note.get("folder") != str(folder):  # a note of foveal 0.1 has no folder
-            note |= {"folder": str(folder)}
-            self.client.set_tag(note["run_id"], _FOLDER_TAG, str(folder))
-            _write_draft_note(note_file, note | self._file_fact()).replace(note_file)
-        elif file is not note_file or not self._file_fact().items() <= note.items():
-            note |= self._file_fact()
-            _write_draft_note(note_file, note).replace(note_file)
-        if new_run_id == note["run_id"] and reason:
-            _log.info("tracking: %s has a new run in MLflow, since that of its mlflow.json %s", folder, reason)
-        elif new_run_id is not None and new_run_id != note["run_id"]:
-            self.client.delete_run(new_run_id)
-        return note["run_id"]
-
-    def _file_fact(self) -> dict[str, str]:
-        """Return the SQLite store's file for a note: the store of a later attempt that starts in another folder."""
-        return {} if self.file is None else {"file": str(self.file)}
-
-    def _explain_rejection(self, note: dict[str, str], folder: Path) -> str | None:
-        """Return why the folder cannot continue the run of a note; None if it can."""
-        is_same_file = self.file is not None and note.get("file") == str(self.file)
-        if not is_same_file and _normalize_store_uri(note["store"]) != _normalize_store_uri(self.store):
-            return "is another store's"
-        try:
-            run = self.client.get_run(note["run_id"])
-        except MlflowException as error:
-            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                return "is not there"
-            raise
-        if run.info.lifecycle_stage != LifecycleStage.ACTIVE:
-            return "is deleted"
-        owner = Path(note.get("folder") or run.data.tags.get(_FOLDER_TAG) or folder)
-        return f"is that of {owner}, of which this is a copy" if _has_run_note(owner, note["run_id"], folder) else None
-
-    def _create_run(self, folder: Path, tags: dict[str, str]) -> str:
-        created_here = f"tags.`{_CREATION_TAG}` = '{tags[_CREATION_TAG]}'"
-        if runs := self.client.search_runs([self.experiment], created_here, max_results=1):
-            return str(runs[0].info.run_id)
-        tags = tags | {MLFLOW_RUN_NAME: folder.name, _FOLDER_TAG: str(folder)}
-        return str(self.client.create_run(self.experiment, tags=tags).info.run_id)
-
-
-def _normalize_store_uri(store: str) -> str:
-    """Return the URI without secrets, so that a secret and the variable that holds it compare equal."""
-    return redact_url_secrets(os.path.expandvars(store))
-
-
-def _has_run_note(other: Path, run_id: str, folder: Path) -> bool:
-    """Whether another folder holds the note of a run.
-
-    Links and mounts give one folder several names, also across hosts: a file created under one name is then visible under
-    the other. An unreadable folder counts as another one: a superfluous run does no harm.
-    """
-    if other == folder:
-        return False
-    try:
-        note = _read_note(other / "mlflow.json")
-    except (OSError, ValueError) as error:
-        return isinstance(error, PermissionError)
-    if note is None or note["run_id"] != run_id:
-        return False
-    probe = _write_draft_note(folder / "mlflow.json", {})
-    try:
-        return not (other / probe.name).exists()
-    finally:
-        probe.unlink()
-
-
-def _read_note(file: Path) -> dict[str, str] | None:
-    try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _write_draft_note(file: Path, note: dict[str, str]) -> Path:
-    """Write a note under a unique name beside ``file``; return its path."""
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    draft.write_text(json.dumps(note) + "\n")
-    return draft

@@ -16,6 +16,7 @@ from foveal.atomic import write_json
 from foveal.errors import FovealError
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.sync import MetricsFileReplaced, RemoteRun, RunSync
+from foveal.tracking.sync_facts import FactsSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty, read_step_rows
 from foveal.tracking.tracker import AttemptState, MetricRow, Tracker
 from foveal.tracking.uploader import Uploader, UploadingTracker
@@ -38,11 +39,12 @@ class SyncWithNested(RunSync):
         run_dir: Path,
         tail: MetricsTail,
         connect: Callable[[], RemoteRun],
+        facts: FactsSync | None,
         make_nested: Callable[[Path, MetricsTail], RunSync],
         *,
         trusts_notes: bool = True,
     ) -> None:
-        super().__init__(run_dir, tail, connect)
+        super().__init__(run_dir, tail, connect, facts)
         self._run_dir, self._make_nested, self._trusts_notes = run_dir, make_nested, trusts_notes
         self._lock = threading.Lock()  # of the four below: a training adds runs while the uploader's thread works
         self._open: dict[Path, RunSync] = {}
@@ -265,8 +267,8 @@ class NestedTracker:
         self._folder, self._jsonl_tracker, self._outer = folder, jsonl_tracker, outer
         self._sync = outer.sync.add_live(folder, jsonl_tracker.open_tail())
 
-    def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None:
-        self._jsonl_tracker.log_settings(settings, tags)
+    def log_settings(self, settings: dict[str, Any], tags: dict[str, str], changed: Sequence[str] = ()) -> None:
+        self._jsonl_tracker.log_settings(settings, tags, changed)
         self._outer.uploader.notify()
 
     def log_rows(self, rows: Sequence[MetricRow]) -> None:

@@ -45,6 +45,23 @@ def explain_refusal(error: Exception) -> str | None:
     )
 
 
+_NOT_IMPLEMENTED_HTTP = {405, 501}
+_NO_SUCH_FEATURE = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED", "not supported by the store")
+
+
+def explain_missing_feature(error: Exception) -> str | None:
+    """Return why a store does not take a fact, in a sentence; None for a failure that may pass.
+
+    Older servers answer an unknown request with 404 or 501, and a store of files with an error of Python.
+    """
+    if isinstance(error, NotImplementedError | AttributeError | TypeError):
+        return f"this MLflow cannot do it ({summarize_error(error)})"
+    if any(word in f"{getattr(error, 'error_code', '')} {error}" for word in _NO_SUCH_FEATURE):
+        return f"this MLflow cannot do it ({summarize_error(error)})"
+    status = _http_status(error)
+    return summarize_error(error) if status in _NOT_IMPLEMENTED_HTTP else explain_refusal(error)
+
+
 def _http_status(error: Any) -> int | None:
     """Return the HTTP status in an error of MLflow, requests or boto, if it has one."""
     if type(error.__cause__).__module__.startswith("sqlalchemy"):

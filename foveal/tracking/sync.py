@@ -5,14 +5,15 @@ asked what has arrived. Equal rows carry equal timestamps, so a request that was
 repetition changes nothing in a store that keeps a point once.
 """
 
-import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from foveal.tracking.mlflow_names import name_metrics
 from foveal.tracking.node_rows import NodeRows
+from foveal.tracking.sync_facts import FactsSync, RemoteFacts
 from foveal.tracking.tail import MetricsTail, read_json_or_empty, read_step_rows, to_milliseconds
 from foveal.tracking.tracker import MetricPoint, MetricRow
 
@@ -23,8 +24,6 @@ _FILES = ("config.yaml", "settings.json", "finished.json", "export/card.json")
 _GROWING_FILES = ("rollbacks.jsonl", "refused.jsonl", "quarantine.jsonl", "stragglers.jsonl")
 _GROWTH_FACTOR = 1.25
 
-_UNSUPPORTED = re.compile(r"[^\w.\- :/]")
-
 
 class RemoteRun(Protocol):
     """A run in a tracking store. Every method may raise whatever the store's library raises."""
@@ -32,6 +31,11 @@ class RemoteRun(Protocol):
     @property
     def run_id(self) -> str:
         """The store's id of the run."""
+        ...
+
+    @property
+    def facts(self) -> RemoteFacts:
+        """What the store can know of the run beside rows, params, tags and files."""
         ...
 
     def get_latest_steps(self) -> dict[str, int]:
@@ -46,8 +50,13 @@ class RemoteRun(Protocol):
         """Log at most a thousand points in one request: all or none arrive."""
         ...
 
-    def set_params_tags_status(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Set the settings as params, and the tags, which include the state."""
+    def set_params_tags_status(
+        self, settings: Mapping[str, Any], tags: Mapping[str, str], changed: Sequence[str] | None = None
+    ) -> None:
+        """Set the settings that matter as params, and the tags, which include the state.
+
+        changed: names of the settings that matter beside a core of them; None: all matter.
+        """
         ...
 
     def list_files(self) -> dict[str, int]:
@@ -78,8 +87,11 @@ class RunSync:
     ``upload_rows_and_tags`` and ``upload_files`` run in the uploader's thread, ``queue_file`` and ``on_rewind`` in the training's.
     """
 
-    def __init__(self, run_dir: Path, tail: MetricsTail, connect: Callable[[], RemoteRun]) -> None:
+    def __init__(
+        self, run_dir: Path, tail: MetricsTail, connect: Callable[[], RemoteRun], facts: FactsSync | None = None
+    ) -> None:
         self.counts = SyncCounts()
+        self._facts_sync = facts
         self._run, self._tail, self._connect = run_dir, tail, connect
         self._store: RemoteRun | None = None
         self._synced_run = self._compared_run = ""  # ids: the run with the delivered rows, the run with compared files
@@ -129,6 +141,9 @@ class RunSync:
             self._tail.mark_delivered(batch)
         self._nodes.upload(store)
         self._send_facts(store)
+        if self._facts_sync is not None:
+            self._check_not_replaced()
+            self._facts_sync.send_facts(store.facts)
 
     def upload_files(self, *, final: bool) -> None:
         """Upload files, with ``final`` also those that have grown only a little. Raises: as ``upload_rows_and_tags``."""
@@ -144,6 +159,9 @@ class RunSync:
                 store.upload_file(path, _remote_folder(path))
                 self.counts.files_sent += 1
             self._queue.popleft()
+        if self._facts_sync is not None:
+            self._check_not_replaced()
+            self._facts_sync.send_models(store.facts)
 
     def _list_grown_files(self, factor: float) -> list[Path]:
         """List the growing files that are ``factor`` times as long as when they were last sent."""
@@ -170,6 +188,8 @@ class RunSync:
             self._nodes.on_connected(store.run_id, latest_steps)
             self._synced_run = store.run_id
             self._sent_facts = None
+            if self._facts_sync is not None:
+                self._facts_sync.reset()
             self._rolled_back = True
             self._store = store
         return self._store
@@ -182,7 +202,8 @@ class RunSync:
         return read_json_or_empty(self._run / "tags.json") or {"state": "running"}
 
     def _send_facts(self, store: RemoteRun) -> None:
-        facts = read_json_or_empty(self._run / "settings.json"), self._read_tags()
+        changed = read_json_or_empty(self._run / "changed_settings.json").get("names", ())
+        facts = read_json_or_empty(self._run / "settings.json"), self._read_tags(), changed
         if facts != self._sent_facts:
             store.set_params_tags_status(*facts)
             self._sent_facts = facts
@@ -204,7 +225,7 @@ class RemoteState:
 
     def learn_metric_groups(self, rows: Sequence[MetricRow]) -> None:
         """Learn which metrics occur in the same rows, and choose their representatives."""
-        row_kinds = {frozenset(_numeric_metrics(row)) for row in rows}
+        row_kinds = {frozenset(name_metrics(row)) for row in rows}
         if not row_kinds <= self._row_kinds:
             self._row_kinds |= row_kinds
             first_names: dict[tuple[Any, ...], str] = {}
@@ -219,7 +240,7 @@ class RemoteState:
         step, timestamp = int(row["step"]), to_milliseconds(row["time"])
         return [
             (name, value, timestamp, step)
-            for name, value in _numeric_metrics(row).items()
+            for name, value in name_metrics(row).items()
             if not self._has(name, step, store)
         ]
 
@@ -232,11 +253,6 @@ class RemoteState:
         timestamp = self._timestamps[representative].get(step)
         last_rollback = max((at for at, to_step in self.rollback_ms_and_steps if to_step < step), default=-1)
         return timestamp is not None and timestamp > last_rollback
-
-
-def _numeric_metrics(row: MetricRow) -> dict[str, float]:
-    """Return a row without step and time, under names that every store accepts: users name the arms of a comparison."""
-    return {_UNSUPPORTED.sub("_", name): float(value) for name, value in row.items() if name not in ("step", "time")}
 
 
 def _read_rollbacks(run_dir: Path) -> list[tuple[int, int]]:

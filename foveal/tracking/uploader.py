@@ -188,8 +188,8 @@ class UploadingTracker:
     def __init__(self, jsonl_tracker: JsonlTracker, uploader: Uploader) -> None:
         self._jsonl_tracker, self._uploader = jsonl_tracker, uploader
 
-    def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None:
-        self._jsonl_tracker.log_settings(settings, tags)
+    def log_settings(self, settings: dict[str, Any], tags: dict[str, str], changed: Sequence[str] = ()) -> None:
+        self._jsonl_tracker.log_settings(settings, tags, changed)
         self._uploader.notify()
 
     def log_rows(self, rows: Sequence[MetricRow]) -> None:

@@ -57,7 +57,7 @@ def begin_attempt(
         run_dir, cfg.tracking, cfg.run.pipeline, step, lease.number, raise_if_superseded, outer_tracker
     )
     tags = collect_attempt_tags(world) | (plan.fork.tags() if plan.fork else {})
-    tracker.log_settings(cfg.to_flat_dict() | plan.inherited_science, tags)
+    tracker.log_settings(cfg.to_flat_dict() | plan.inherited_science, tags, cfg.changed_science())
     with best_effort("inputs.json or plan.json"):
         write_inputs(run_dir, collect_inputs(stage_name, run_dir, plan))
         write_plan(run_dir, describe_plan(stage_name, plan))

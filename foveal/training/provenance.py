@@ -1,5 +1,7 @@
-"""Provenance of results: library versions, git commit, Slurm job."""
+"""Provenance of results: library versions, git commit, user, Slurm job."""
 
+import contextlib
+import getpass
 import importlib.metadata
 import logging
 import shutil
@@ -11,6 +13,7 @@ from foveal import __version__
 from foveal.checkpoint.state import TrainState
 from foveal.config import Config
 from foveal.distributed.world import World
+from foveal.redact import redact
 from foveal.slurm import slurm_job_tags
 
 _ROUNDING_SETTINGS = (
@@ -63,10 +66,26 @@ def _list_changes(saved: dict[str, Any], current: dict[str, Any]) -> str:
 
 
 def collect_attempt_tags(world: World) -> dict[str, str]:
-    """Return the tracker's tags of this attempt: start time, ranks, Slurm job, library versions, git commit."""
+    """Return the tracker's tags of this attempt: start time, user, ranks, Slurm job, library versions, git's state."""
     tags = {"attempt.started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ranks": str(world.size), **slurm_job_tags()}
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a user id without a name
+        tags["user"] = getpass.getuser()
     tags |= {f"version.{name}": version for name, version in get_library_versions().items()}
+    return tags | _collect_git_tags()
+
+
+def _collect_git_tags() -> dict[str, str]:
+    """Return commit, branch and the remote's URL, without secrets, of the working directory; nothing outside git."""
     if shutil.which("git") is None:
-        return tags
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return tags | ({"git.commit": result.stdout.strip()} if result.returncode == 0 else {})
+        return {}
+    commands = {
+        "git.commit": ("rev-parse", "HEAD"),
+        "git.branch": ("symbolic-ref", "--short", "--quiet", "HEAD"),
+        "git.url": ("config", "--get", "remote.origin.url"),
+    }
+    tags = {}
+    for name, command in commands.items():
+        result = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
+        if result.returncode == 0 and result.stdout.strip():
+            tags[name] = redact(result.stdout.strip())
+    return tags

@@ -76,7 +76,8 @@ def store(pipeline) -> dict[str, Any]:
         client = MlflowClient(tracking_uri=f"sqlite:///{pipeline.folder / 'runs' / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("foveal")
         assert experiment is not None
-        found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+        # A stage's run is called pipeline/stage.
+        found = {run.info.run_name.removeprefix("tiny/"): run for run in client.search_runs([experiment.experiment_id])}
     return {"client": client, "runs": found}
 
 
@@ -95,11 +96,11 @@ def test_mlflow_has_each_step_once(stage: str, store, pipeline) -> None:
     run, rows = store["runs"][stage], rows_of(pipeline.runs / stage)
     assert run.data.params["optim.lr_per_256"] == "0.004"
     assert run.data.params["epochs"] == {"pretrain": "4", "distill": "1"}[stage]
-    for name in ("loss", "lr", "grad_norm"):
-        history = sorted(store["client"].get_metric_history(run.info.run_id, name), key=lambda metric: metric.step)
+    for name, stored in {"loss": "train/loss", "lr": "update/lr", "grad_norm": "update/grad_norm"}.items():
+        history = sorted(store["client"].get_metric_history(run.info.run_id, stored), key=lambda metric: metric.step)
         assert [metric.step for metric in history] == column(rows, "step")
         assert [metric.value for metric in history] == pytest.approx(column(rows, name))
-    assert run.data.metrics["images_per_second"] > 0
+    assert run.data.metrics["system/images_per_second"] > 0
 
 
 def test_mlflow_has_what_came_of_the_trials(store) -> None:

@@ -44,7 +44,9 @@ class Kept:
         self.requests.append(len(points))
         self._carried_out("send", lambda: self.points.extend(points))
 
-    def set_params_tags_status(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def set_params_tags_status(
+        self, settings: Mapping[str, Any], tags: Mapping[str, str], changed: Sequence[str] | None = None
+    ) -> None:
         self._carried_out("facts", lambda: (self.settings.update(settings), self.tags.update(tags)))
 
     def list_files(self) -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""The numbers of a run, as its directory has them and as MLflow has them: (name, step) to every value there."""
+"""The numbers of a run, as its directory has them and as MLflow has them: (name, step) to every value there.
+
+Both under MLflow's names, which ``foveal.tracking.mlflow_names`` gives.
+"""
 
 import json
 import math
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foveal.tracking.jsonl import read_rows_without_time
+from foveal.tracking.mlflow_names import name_metrics
 from foveal.tracking.tracker import MetricRow
 
 if TYPE_CHECKING:  # not every test that asks a run directory waits for it
@@ -26,9 +30,8 @@ def run_id(run: Path) -> str:
 def in_jsonl(run: Path) -> Numbers:
     found: Numbers = {}
     for each in read_rows_without_time(run / "metrics.jsonl"):
-        for name, value in each.items():
-            if name != "step":
-                found.setdefault((name, int(each["step"])), []).append(value)
+        for name, value in name_metrics(each).items():
+            found.setdefault((name, int(each["step"])), []).append(value)
     return found
 
 

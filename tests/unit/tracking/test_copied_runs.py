@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from points import in_jsonl, in_mlflow, row, run_id
 
 from foveal.commands.track import app as track_commands
-from foveal.tracking import mlflow, open_tracker
+from foveal.tracking import mlflow_runs, open_tracker
 from foveal.tracking.mlflow import MLflowRun
 from foveal.tracking.sqlite_store import resolve_store_of_run
 from foveal.tracking.store_errors import explain_refusal
@@ -137,14 +137,14 @@ def test_a_place_that_may_not_be_looked_into(tmp_path: Path, uri: str, monkeypat
     run, other = tmp_path / "run", tmp_path / "other"
     mine = goes_on(run, uri, 1, 10)
     plain_copy(run, other)
-    read = mlflow._read_note
+    read = mlflow_runs._read_note
 
     def barred(note: Path) -> dict[str, str] | None:
         if note == run / "mlflow.json":
             raise PermissionError(13, "no")
         return read(note)
 
-    monkeypatch.setattr(mlflow, "_read_note", barred)
+    monkeypatch.setattr(mlflow_runs, "_read_note", barred)
     assert goes_on(other, uri, 11, 15) != mine
 
 

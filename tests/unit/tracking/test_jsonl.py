@@ -33,7 +33,12 @@ def test_jsonl_drops_what_came_after_the_checkpoint_and_keeps_the_rest_to_the_le
     assert file.stat().st_ino != before
     JsonlTracker(tmp_path, 0).close("saved-and-left")
     assert file.read_text() == ""
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["metrics.jsonl", "settings.json", "tags.json"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "changed_settings.json",
+        "metrics.jsonl",
+        "settings.json",
+        "tags.json",
+    ]
 
 
 def test_jsonl_forgets_a_line_that_was_cut_short(tmp_path: Path) -> None:

@@ -55,9 +55,12 @@ def kind(request: pytest.FixtureRequest, uri: str, client: MlflowClient, tmp_pat
     return Kind(lambda start: open_tracker(run, cfg, None, start)[0], lambda: in_mlflow(client, run))
 
 
+_CHANGED = ["optim.lr", "data.mean", "model"]
+
+
 def use(tracker: Tracker, first: int, last: int, state: AttemptState = "finished") -> None:
     """An attempt, from the first step to the last."""
-    tracker.log_settings({"optim.lr": 0.1, "model": None, "data.mean": [0.5]}, {"ranks": "2"})
+    tracker.log_settings({"optim.lr": 0.1, "model": None, "data.mean": [0.5]}, {"ranks": "2"}, _CHANGED)
     for step in range(first, last, 2):
         tracker.log_rows([row(step), row(step + 1)] if step < last else [row(step)])
     tracker.log_rows([])
@@ -68,8 +71,8 @@ def use(tracker: Tracker, first: int, last: int, state: AttemptState = "finished
 def expected(last: int, *results: int) -> Numbers:
     numbers: Numbers = {}
     for step in range(1, last + 1):
-        numbers |= {("loss", step): [1 / step], ("lr", step): [step / 100]}
-    return numbers | {("val_top1", step): [0.5] for step in results}
+        numbers |= {("train/loss", step): [1 / step], ("update/lr", step): [step / 100]}
+    return numbers | {("val/top1", step): [0.5] for step in results}
 
 
 def test_every_number_is_kept_once(kind: Kind) -> None:
@@ -83,8 +86,8 @@ def test_a_resumed_attempt_goes_on_and_counts_nothing_twice(kind: Kind) -> None:
     use(kind.opened(4), 5, 10)
     found = kind.numbers()
     assert all(len(values) == 1 for values in found.values()), found
-    assert {place for place in found if place[0] == "loss"} == {("loss", step) for step in range(1, 11)}
-    assert found[("val_top1", 10)] == [0.5]
+    assert {place for place in found if place[0] == "train/loss"} == {("train/loss", step) for step in range(1, 11)}
+    assert found[("val/top1", 10)] == [0.5]
 
 
 def test_an_attempt_that_had_nothing_left_to_do_adds_nothing(kind: Kind) -> None:
@@ -101,10 +104,10 @@ def test_what_is_not_finite_is_kept_too(kind: Kind) -> None:
     tracker.log_rows([{"step": 4, "loss": float("-inf")}])
     tracker.close("diverged")
     found = kind.numbers()
-    assert math.isnan(found[("loss", 1)][0])
-    assert found[("loss", 2)][0] > 1e300
-    assert found[("loss", 3)] == [0.5]
-    assert found[("loss", 4)][0] < -1e300
+    assert math.isnan(found[("train/loss", 1)][0])
+    assert found[("train/loss", 2)][0] > 1e300
+    assert found[("train/loss", 3)] == [0.5]
+    assert found[("train/loss", 4)][0] < -1e300
     kind.opened(4).close("finished")
     assert kind.numbers().keys() == found.keys()
 
@@ -142,7 +145,7 @@ def test_stages_are_children_of_their_pipeline(uri: str, client: MlflowClient, t
     parent = client.get_run(run_id(pipeline))
     children = [client.get_run(run_id(pipeline / stage)) for stage in ("pretrain", "distill")]
     assert [child.data.tags[MLFLOW_PARENT_RUN_ID] for child in children] == [parent.info.run_id] * 2
-    assert [child.info.run_name for child in children] == ["pretrain", "distill"]
+    assert [child.info.run_name for child in children] == ["pipeline/pretrain", "pipeline/distill"]
     assert (parent.info.run_name, parent.info.status) == ("pipeline", "FINISHED")
     assert MLFLOW_PARENT_RUN_ID not in parent.data.tags
     experiment = client.get_experiment_by_name("pipelines")
@@ -184,12 +187,12 @@ def test_a_resumed_attempt_is_the_same_run(uri: str, client: MlflowClient, tmp_p
     run, cfg = tmp_path / "run", TrackingConfig(uri=uri, experiment="resumed")
     use(open_tracker(run, cfg, None, 0)[0], 1, 4, "saved-and-left")
     first = client.get_run(run_id(run))
-    assert first.info.status == "KILLED"
+    assert first.info.status == "SCHEDULED"
     assert first.data.params == {"optim.lr": "0.1", "model": "None", "data.mean": "[0.5]"}
     assert (first.data.tags["ranks"], first.data.tags["state"]) == ("2", "saved-and-left")
     store = MLflowRun(cfg, run, None, "")
     store.set_params_tags_status(
-        {"optim.lr": 0.1, "log.every": 3, "data.mean": [0.7]}, {"ranks": "4", "state": "running"}
+        {"optim.lr": 0.1, "log.every": 3, "data.mean": [0.7]}, {"ranks": "4", "state": "running"}, ["log.every"]
     )
     second = client.get_run(run_id(run))
     assert second.info.run_id == first.info.run_id
@@ -228,15 +231,22 @@ def test_params_that_a_lost_request_logs_at_the_same_time(
 def test_more_settings_and_rows_than_one_request_takes(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tracker, _ = open_tracker(run, TrackingConfig(uri=uri), None, 0)
-    tracker.log_settings({f"setting.{number}": "x" * 7000 if number == 3 else number for number in range(205)}, {})
+    settings = {f"setting.{number}": "x" * 7000 if number == 3 else number for number in range(205)}
+    tracker.log_settings(settings, {}, list(settings))
     tracker.log_rows([{"step": step, "loss": float(step), "lr": 0.5, "norm": 1.0} for step in range(1, 701)])
     tracker.log_results_once({"an arm+its+top1": 0.5}, 700)
     tracker.close("finished")
+    assert client.get_run(run_id(run)).data.params.keys() == set(list(settings)[:40])
+    MLflowRun(TrackingConfig(uri=uri), run, None, "").set_params_tags_status(settings, {"state": "finished"})
     assert len(client.get_run(run_id(run)).data.params) == 205
     assert in_mlflow(client, run) == {("an arm_its_top1", 700): [0.5]} | {
         place: [value]
         for step in range(1, 701)
-        for place, value in ((("loss", step), float(step)), (("lr", step), 0.5), (("norm", step), 1.0))
+        for place, value in (
+            (("train/loss", step), float(step)),
+            (("update/lr", step), 0.5),
+            (("train/norm", step), 1.0),
+        )
     }
 
 

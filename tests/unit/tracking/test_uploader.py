@@ -84,7 +84,7 @@ def test_one_of_the_names_that_come_together_is_asked_for(store: Kept, tmp_path:
     train(second, 21, 40)
     second.log_rows([row(step) for step in range(41, 81)])
     second.close("finished")
-    assert sorted(store.asked) == ["images_per_second", "loss"]
+    assert sorted(store.asked) == ["system/images_per_second", "train/loss"]
     assert all(len(values) == 1 for values in store.numbers().values())
     assert max(store.requests) == 12
 
@@ -98,23 +98,23 @@ def test_a_report_at_another_step_arrives_too(store: Kept, tmp_path: Path) -> No
     train(second, 3, 9, report=3)
     second.close("finished")
     found = store.numbers()
-    assert {step for name, step in found if name == "images_per_second"} == {3, 4, 6, 8, 9}
+    assert {step for name, step in found if name == "system/images_per_second"} == {3, 4, 6, 8, 9}
     assert all(len(values) == 1 for values in found.values())
 
 
 def test_what_was_delivered_before_the_run_went_back_comes_again(store: Kept, tmp_path: Path) -> None:
     tracker = opened(tmp_path, store)
     train(tracker, 1, 30)
-    until(lambda: store.tags and ("val_top1", 30) in store.numbers())
+    until(lambda: store.tags and ("val/top1", 30) in store.numbers())
     AppendLog(tmp_path / "rollbacks.jsonl").append_json_lines([{"time": time.time(), "to": 20}])
     tracker.rewind(20)
     tracker.log_rows([{"step": step, "loss": 9.0} for step in range(21, 26)])
-    until(lambda: store.numbers()[("loss", 25)] == [1 / 25, 9.0])
+    until(lambda: store.numbers()[("train/loss", 25)] == [1 / 25, 9.0])
     store.before = fails(random.Random(0), 0.5)
     again = opened(tmp_path, store, 22)
     again.log_rows([{"step": step, "loss": 9.0} for step in range(23, 41)])
     again.close("finished")
-    losses = {step: values for (name, step), values in store.numbers().items() if name == "loss"}
+    losses = {step: values for (name, step), values in store.numbers().items() if name == "train/loss"}
     assert losses == {
         step: [1 / step] if step <= 20 else [1 / step, 9.0] if step <= 30 else [9.0] for step in range(1, 41)
     }
@@ -150,7 +150,7 @@ def test_a_file_that_is_cut_while_rows_are_on_their_way(store: Kept, tmp_path: P
     tracker.log_rows([{"step": step, "loss": 9.0} for step in range(3, 11)])
     away.set()
     tracker.close("finished")
-    losses = {step: values for (name, step), values in store.numbers().items() if name == "loss"}
+    losses = {step: values for (name, step), values in store.numbers().items() if name == "train/loss"}
     assert losses == {
         step: [1 / step] if step <= 2 else [1 / step, 9.0] if step <= 6 else [9.0] for step in range(1, 11)
     }
@@ -186,7 +186,7 @@ def test_an_outage_is_one_warning_and_one_line(store: Kept, tmp_path: Path, capl
     until(lambda: len(attempts) > 10)
     tracker.log_rows([row(12)])
     store.before = lambda _: None
-    until(lambda: ("loss", 12) in store.numbers())
+    until(lambda: ("train/loss", 12) in store.numbers())
     tracker.close("finished")
     (warning,), (back,) = said(caplog, logging.WARNING), said(caplog, logging.INFO)
     assert warning.startswith("tracking: MLflow at here does not answer (ConnectionError: http://there/ is gone xxx")
@@ -222,7 +222,7 @@ def test_a_store_of_files_that_fails_holds_up_no_number(store: Kept, tmp_path: P
     train(tracker, 1, 30)
     for step in range(31, 61):
         tracker.log_rows([row(step)])
-        until(lambda step=step: ("loss", step) in store.numbers())
+        until(lambda step=step: ("train/loss", step) in store.numbers())
     until(lambda: tracker._uploader.sync.count_pending_rows() == 0)
     assert len(tries) < 10  # of 30 rounds and more
     until(lambda: said(caplog, logging.WARNING))
@@ -238,13 +238,13 @@ def test_a_store_of_files_that_fails_holds_up_no_number(store: Kept, tmp_path: P
 def test_a_superseded_attempt_delivers_nothing_more(store: Kept, tmp_path: Path, caplog) -> None:
     old = opened(tmp_path, store)
     train(old, 1, 10)
-    until(lambda: ("val_top1", 10) in store.numbers())
+    until(lambda: ("val/top1", 10) in store.numbers())
     new = opened(tmp_path, store, 5)
     old.log_rows([row(step) for step in range(11, 20)])
     old.close("superseded", "attempt 2 has begun")
     train(new, 6, 12)
     new.close("finished")
-    assert store.numbers() == in_jsonl(tmp_path) | {("val_top1", 10): [0.5]}
+    assert store.numbers() == in_jsonl(tmp_path) | {("val/top1", 10): [0.5]}
     assert store.tags["state"] == "finished"
     assert said(caplog, logging.WARNING) == []
     assert [line for line in said(caplog, logging.INFO) if "taken" in line] == [
@@ -261,7 +261,7 @@ def test_a_store_that_lost_the_run_gets_all_of_it(store: Kept, tmp_path: Path) -
     until(lambda: tracker.log_rows([row(11)]) or store.points)
     store.before = lambda _: None
     tracker.close("finished")
-    assert {name for name, _, _, step in store.points if step == 3} == {"loss", "lr"}
+    assert {name for name, _, _, step in store.points if step == 3} == {"train/loss", "update/lr"}
     assert "settings.json" in store.artifacts
 
 
