@@ -151,8 +151,6 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("foveal.data.image", "foveal.errors", "foveal.inference", "foveal.inspect", "foveal.models", "foveal.weights"),
         ("matplotlib", "numpy", "PIL", "torch", "typer"),
     ),
-    # Tracking: MLflow's library stays behind one file.
-    "foveal.inspect": (("foveal.atomic", "foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
     # Tracking: MLflow's library stays behind five files.
     "foveal.tracking.tracker": (("foveal.config", "foveal.redact"), ("pydantic",)),
     "foveal.tracking.tail": (("foveal.atomic", "foveal.errors", "foveal.renames", "foveal.tracking.tracker"), ()),
@@ -277,7 +275,6 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.training.lease_holder": (("foveal.slurm",), ()),
     "foveal.training.lease": (("foveal.atomic", "foveal.errors", "foveal.training.lease_holder"), ()),
     "foveal.training.lineage": (("foveal.atomic", "foveal.errors"), ()),
-    "foveal.training.meters": (("foveal.atomic",), ("torch",)),
     "foveal.training.final_pictures": (
         ("foveal.data", "foveal.errors", "foveal.inspect.encoder", "foveal.inspect.picture"),
         ("numpy", "torch"),

@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fake_facts import KeptFacts
 from points import Numbers
 
 from foveal.tracking.jsonl import JsonlTracker
+from foveal.tracking.sync_facts import RemoteFacts
 from foveal.tracking.tracker import MetricPoint
 
 
@@ -24,6 +26,7 @@ class Kept:
         self.requests: list[int] = []
         self.before: Callable[[str], object] = lambda _: None
         self.after: Callable[[str], object] = lambda _: None
+        self.facts: RemoteFacts = KeptFacts()
 
     def connected(self) -> "Kept":
         self._carried_out("connect", lambda: None)

@@ -62,13 +62,13 @@ class Stores:
     def begin(self, patience: float = WAIT) -> OuterTracker:
         jsonl = JsonlTracker(self.run, 0)
         self.opened.append(jsonl)
-        sync = SyncWithNested(self.run, jsonl.open_tail(), self.connect(self.run), self.make_nested)
+        sync = SyncWithNested(self.run, jsonl.open_tail(), self.connect(self.run), None, self.make_nested)
         return OuterTracker(jsonl, Uploader(sync, self.run, "here", patience), sync)
 
     def sync_by_hand(self) -> SyncWithNested:
         file = self.run / "metrics.jsonl"
         tail = MetricsTail(os.open(file, os.O_RDONLY), file)
-        return SyncWithNested(self.run, tail, self.connect(self.run), self.make_nested, trusts_notes=False)
+        return SyncWithNested(self.run, tail, self.connect(self.run), None, self.make_nested, trusts_notes=False)
 
 
 @pytest.fixture
