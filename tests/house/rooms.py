@@ -243,6 +243,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.checkpoint.retention",
             "foveal.quantities",
             "foveal.runs.inputs",
+            "foveal.runs.results",
             "foveal.runs.pipeline",
             "foveal.slurm",
             "foveal.tracking",
