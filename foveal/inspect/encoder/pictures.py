@@ -127,20 +127,22 @@ def _draw_activations(measured: EncoderMeasurements, num_images: int) -> Picture
     meters = measured.activations
     most, least = max(meters, key=lambda meter: meter.rms), min(meters, key=lambda meter: meter.rms)
     extreme = max(meters, key=lambda meter: meter.largest())
-    text = (
-        f"{_capitalize(most.name)} activates most: the root mean square of its output is {most.rms:.3g}, against "
-        f"{least.rms:.3g} of {least.name}, the least active. The largest value, {extreme.largest():.3g}, is in "
-        f"{extreme.name}. "
-    )
-    variations = {meter.name: meter.variation for meter in meters}
-    known = {name: value for name, value in variations.items() if value is not None}
+    if most is least:
+        text = f"The root mean square of the output of {most.name} is {most.rms:.3g}. "
+    else:
+        text = (
+            f"The layer that activates most is {most.name}: the root mean square of its output is {most.rms:.3g}, that of "
+            f"{least.name}, the least active, {least.rms:.3g}. "
+        )
+    text += f"The largest value, {extreme.largest():.3g}, is in {extreme.name}. "
+    known = {meter.name: meter.variation for meter in meters if meter.variation is not None}
     if known:
         high, low = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
         text += (
             f"From image to image {high} changes most: the standard deviation over images, at the same place and channel, "
-            f"is {100 * known[high]:.0f} % of its root mean square, and {100 * known[low]:.0f} % in {low}, which changes "
-            "least. "
+            f"is {_percent(known[high])} of its root mean square"
         )
+        text += f", and {_percent(known[low])} in {low}, which changes least. " if high != low else ". "
     text += f"Charts over {len(meters)} layer{'s' * (len(meters) > 1)} and {num_images} image{'s' * (num_images > 1)}: "
     text += "distribution of the values, root mean square" + (", deviation between images." if known else ".")
     return Picture(draw_activation_chart(meters), "Activations", " ".join((text, *measured.missing)))
@@ -235,7 +237,3 @@ def _enlarge(colors: Tensor, shown: Tensor) -> Tensor:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _capitalize(text: str) -> str:
-    return text[:1].upper() + text[1:]
