@@ -127,7 +127,7 @@ def _draw_activations(measured: EncoderMeasurements, num_images: int) -> Picture
     meters = measured.activations
     most, least = max(meters, key=lambda meter: meter.rms), min(meters, key=lambda meter: meter.rms)
     extreme = max(meters, key=lambda meter: meter.largest())
-    if most is least:
+    if len(meters) == 1:
         text = f"The root mean square of the output of {most.name} is {most.rms:.3g}. "
     else:
         text = (
