@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveal.data.image.transforms import normalise
 from foveal.errors import ExportError
@@ -21,6 +22,7 @@ from foveal.inspect.encoder.layers import (
 )
 
 _MAX_DEPTHS = 3  # whose features are kept
+_MAX_PLACES = 64  # rows, and columns, of a map that is kept
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def measure_encoder(
         for name in kept:
             feature_map = to_feature_map(encoder, last if name == kept[-1] else outputs.get(name, last))
             if feature_map is not None:
-                maps.setdefault(name, []).append(feature_map.float().cpu())
+                maps.setdefault(name, []).append(_reduce_map(feature_map.float()).cpu())
     return _collect(maps, attention, [meter for meter in meters.values() if meter.mean_squares])
 
 
@@ -87,6 +89,14 @@ def _choose_depths(names: Sequence[str]) -> list[str]:
     """Return up to three layers at equal distances, with the last one."""
     positions = [-(-len(names) * number // _MAX_DEPTHS) - 1 for number in range(1, _MAX_DEPTHS + 1)]
     return [names[position] for position in sorted({position for position in positions if position >= 0})]
+
+
+def _reduce_map(feature_map: Tensor) -> Tensor:
+    """Return a map [B, D, rows, columns] of at most 64 x 64 places, means of what they replace: pictures show no more."""
+    rows, columns = feature_map.shape[2:]
+    if max(rows, columns) <= _MAX_PLACES:
+        return feature_map
+    return F.adaptive_avg_pool2d(feature_map, (min(rows, _MAX_PLACES), min(columns, _MAX_PLACES)))
 
 
 def _collect(

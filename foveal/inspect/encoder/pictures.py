@@ -75,7 +75,7 @@ def _draw_attention(shown: Tensor, attention: AttentionMeter, notes: Sequence[st
     rollout_peak = _share_of_tenth(rollout_BN[:, prefix:])
     columns = {
         "image": shown,
-        f"rollout, {_percent(rollout_peak)}": _to_heat_maps(rollout_BN[:, prefix:], attention, shown),
+        f"rollout, {_percent(rollout_peak)}": _to_relief(rollout_BN[:, prefix:], attention, shown),
     }
     heads = sorted(set(np.linspace(0, num_heads - 1, min(num_heads, _MAX_HEADS)).round().astype(int).tolist()))
     for head in heads:
@@ -84,7 +84,7 @@ def _draw_attention(shown: Tensor, attention: AttentionMeter, notes: Sequence[st
         )
     query = "of the class token" if attention.has_class_token else "of all patches, averaged,"
     how = f"Attention {query} to the patches in block {attention.num_blocks}, the last. Black: none; yellow: the most of a "
-    how += "map, twice an even share or more."
+    how += "map, twice an even share or more. Rollout: from its least to its most."
     num_patches = rollout_BN.shape[1] - prefix
     even = _percent(_count_tenth(num_patches) / num_patches)
     reading = f"Percentages: attention to the tenth of the patches that gets most; {even} if all patches got the same."
@@ -127,20 +127,22 @@ def _draw_activations(measured: EncoderMeasurements, num_images: int) -> Picture
     meters = measured.activations
     most, least = max(meters, key=lambda meter: meter.rms), min(meters, key=lambda meter: meter.rms)
     extreme = max(meters, key=lambda meter: meter.largest())
-    text = (
-        f"{_capitalize(most.name)} activates most: the root mean square of its output is {most.rms:.3g}, against "
-        f"{least.rms:.3g} of {least.name}, the least active. The largest value, {extreme.largest():.3g}, is in "
-        f"{extreme.name}. "
-    )
-    variations = {meter.name: meter.variation for meter in meters}
-    known = {name: value for name, value in variations.items() if value is not None}
+    if len(meters) == 1:
+        text = f"The root mean square of the output of {most.name} is {most.rms:.3g}. "
+    else:
+        text = (
+            f"The layer that activates most is {most.name}: the root mean square of its output is {most.rms:.3g}, that of "
+            f"{least.name}, the least active, {least.rms:.3g}. "
+        )
+    text += f"The largest value, {extreme.largest():.3g}, is in {extreme.name}. "
+    known = {meter.name: meter.variation for meter in meters if meter.variation is not None}
     if known:
         high, low = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
         text += (
             f"From image to image {high} changes most: the standard deviation over images, at the same place and channel, "
-            f"is {100 * known[high]:.0f} % of its root mean square, and {100 * known[low]:.0f} % in {low}, which changes "
-            "least. "
+            f"is {_percent(known[high])} of its root mean square"
         )
+        text += f", and {_percent(known[low])} in {low}, which changes least. " if high != low else ". "
     text += f"Charts over {len(meters)} layer{'s' * (len(meters) > 1)} and {num_images} image{'s' * (num_images > 1)}: "
     text += "distribution of the values, root mean square" + (", deviation between images." if known else ".")
     return Picture(draw_activation_chart(meters), "Activations", " ".join((text, *measured.missing)))
@@ -222,8 +224,22 @@ def _to_heat_maps(weights_BL: Tensor, attention: AttentionMeter, shown: Tensor) 
     The scale of a map begins at 0 and ends at twice an even share or beyond, so that even attention looks even.
     """
     even = weights_BL.mean(1, keepdim=True)
-    high = torch.maximum(torch.quantile(weights_BL, _SATURATED, dim=1, keepdim=True), 2 * even)
-    scaled = (weights_BL / high.clamp_min(1e-12)).clamp(0, 1).unflatten(1, attention.grid_hw)
+    return _to_colors(
+        weights_BL, torch.zeros_like(even), torch.maximum(_find_high(weights_BL), 2 * even), attention, shown
+    )
+
+
+def _to_relief(weights_BL: Tensor, attention: AttentionMeter, shown: Tensor) -> Tensor:
+    """Return weights as colours uint8 [B, 3, H, W], from the least to the most of a map: rollout is never far from even."""
+    return _to_colors(weights_BL, weights_BL.amin(1, keepdim=True), _find_high(weights_BL), attention, shown)
+
+
+def _find_high(weights_BL: Tensor) -> Tensor:
+    return torch.quantile(weights_BL, _SATURATED, dim=1, keepdim=True)
+
+
+def _to_colors(weights_BL: Tensor, low: Tensor, high: Tensor, attention: AttentionMeter, shown: Tensor) -> Tensor:
+    scaled = ((weights_BL - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).unflatten(1, attention.grid_hw)
     colors = mpl.colormaps["inferno"](scaled.numpy(), bytes=True)[..., :3]
     return _enlarge(torch.from_numpy(np.ascontiguousarray(colors)).permute(0, 3, 1, 2), shown)
 
@@ -235,7 +251,3 @@ def _enlarge(colors: Tensor, shown: Tensor) -> Tensor:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _capitalize(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from exports import export_encoder
+from exports import export_encoder, export_segmenter
 from ranks import Ranks, stage_named
 
 from finetune.config import FinetuneConfig
@@ -129,6 +129,14 @@ def test_no_random_number_is_drawn_and_no_export_is_no_picture(digits: Path, tmp
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_an_encoder_that_sees_larger_images_in_windows(digits: Path, tmp_path: Path) -> None:
+    cfg = DataConfig(path=str(digits), image_size=16, channels=3, eval_size=(24, 32))
+    export_segmenter(tmp_path / "export")
+    drawn: list[str] = []
+    save_final_pictures(tmp_path, "", Dataset.open(cfg), cfg, ALONE.device, lambda name, _render: drawn.append(name))
+    assert sorted(drawn) == NAMES
+
+
 def test_data_sets_in_words(digits: Path) -> None:
     dataset = Dataset.open(DataConfig(path=str(digits), image_size=16, channels=1))
 
@@ -148,7 +156,9 @@ def test_other_ranks_wait(engine: str, configs: dict[str, Path], two_ranks: Rank
     """Also after ZeRO 3, which replaces functions of torch for the rest of the process."""
     zero = ["engine.zero=3"] if engine == "deepspeed" else []
     stage = stage_named("pretrain")
-    two_ranks.train(stage, configs["pretrain"], tmp_path / "run", f"engine.kind={engine}", *zero)
+    two_ranks.train(
+        stage, configs["pretrain"], tmp_path / "run", f"engine.kind={engine}", "log.final_pictures=true", *zero
+    )
     names = [name.rpartition("-")[0] for name in pictures_of(tmp_path / "run")]
     assert names == [*NAMES, "reconstruction"]
 

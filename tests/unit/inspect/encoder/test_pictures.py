@@ -103,7 +103,7 @@ def test_the_layer_that_activates_most_is_named() -> None:
         encoder.blocks[1].mlp.fc2.bias.fill_(50.0)
         encoder.blocks[2].mlp.fc2.bias.fill_(-50.0)
     words = draw(encoder, noise(2))["activations"].description
-    assert words.startswith("Block 2 activates most: the root mean square of its output is 5")
+    assert words.startswith("The layer that activates most is block 2: the root mean square of its output is 5")
     assert re.search(r"From image to image block [13] changes most", words)
     assert "in block 2, which changes least" in words
 
@@ -137,6 +137,7 @@ def test_one_image_one_block_one_patch() -> None:
     cfg = VitConfig(name="vit_tiny_patch16_224", patch=16, width=24, depth=1, heads=1)
     pictures = draw(build_encoder(cfg, image_size=16, channels=3), noise(1))
     assert list(pictures) == VIT
+    assert pictures["activations"].description.startswith("The root mean square of the output of block 1 is ")
     assert "From image to image" not in pictures["activations"].description
     assert "over 1 block and 1 image." in pictures["attention-distance"].description
 
