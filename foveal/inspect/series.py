@@ -67,22 +67,22 @@ def _draw_one(
     xs = np.array([x for x, _ in present])
     means = [float(np.mean(measured)) for _, measured in present]
     is_single = all(len(measured) == 1 for _, measured in present)
-    marks = {"color": colour, "marker": marker}
     axes.scatter(
         [x for x, measured in present for _ in measured],
         [value for _, measured in present for value in measured],
         s=30,
         alpha=1 if is_single else 0.6,
-        **marks,
+        color=colour,
+        marker=marker,
     )
     if connected:
-        axes.plot(xs, means, markersize=4, linewidth=1.5, **marks)
+        axes.plot(xs, means, markersize=4, linewidth=1.5, color=colour, marker=marker)
     elif is_single and means:
         axes.axhline(float(np.mean(means)), color=colour, linewidth=1.2, linestyle="--")
     else:
         axes.hlines(means, xs - 0.2, xs + 0.2, color=colour, linewidth=2.0)
     style = "-" if connected else "--" if is_single else ""
-    axes.plot([], [], linestyle=style, label=short_name(name), **marks)  # what the legend shows
+    axes.plot([], [], linestyle=style, label=short_name(name), color=colour, marker=marker)  # what the legend shows
 
 
 def _is_fraction(series: Mapping[str, Values]) -> bool:
