@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from finetune.evaluation_details import warn_of_failure
-from foveal.inspect.series import draw_series
 from foveal.training.run import Run
 
 
@@ -55,6 +54,8 @@ def _save(
     if run.world.rank != 0 or not series:
         return
     with warn_of_failure(f"the picture '{name}'"):
+        from foveal.inspect.series import draw_series  # matplotlib's import takes a while
+
         title = f"Results of {name}"
         picture = draw_series(series, positions, title=title, x=x, y=y, subject=subject, connected=connected)
         run.save_picture(name, run.plan.total_steps, lambda: picture)

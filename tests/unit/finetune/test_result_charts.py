@@ -5,8 +5,8 @@ from typing import Any, cast
 
 import pytest
 
-from finetune import result_charts
 from finetune.result_charts import save_fold_chart, save_probe_chart, save_trial_chart
+from foveal.inspect import series
 from foveal.training.run import Run
 
 
@@ -49,6 +49,6 @@ def test_one_rank_draws_and_a_failure_is_a_warning(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(result_charts, "draw_series", fail)
+    monkeypatch.setattr(series, "draw_series", fail)
     save_fold_chart(Pictures().run, {3: [0.5]}, "fold_top1")
     assert "the picture 'folds' is not written: no ink" in caplog.text
