@@ -1,6 +1,7 @@
 """The record of a run's final evaluation: evaluation.json, and pictures that are drawn from it.
 
-Rank 0 writes and draws. What fails there is one warning: no picture is worth a run.
+Rank 0 writes and draws. What fails there is one warning: no picture is worth a run. matplotlib is imported when a
+picture is due: its import takes a while, and without it a run only lacks its pictures.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,10 +14,6 @@ from foveal.atomic import read_json, write_json
 from foveal.data.sample_images import read_images_by_id
 from foveal.data.sampling.sources import SampleSource
 from foveal.data.sampling.subset import SplitSubset, eval_split
-from foveal.inspect.calibration import draw_calibration
-from foveal.inspect.class_results import draw_class_results
-from foveal.inspect.confusion import draw_confusion
-from foveal.inspect.mistakes import draw_captioned_images
 from foveal.inspect.picture import Picture
 from foveal.training.run import Run
 
@@ -101,6 +98,8 @@ def _add_sample_keys(plan: FinetunePlan, facts: Facts) -> None:
 
 
 def _draw_confusion(facts: Facts) -> Picture | None:
+    from foveal.inspect.confusion import draw_confusion
+
     part = facts.get("confusion_excerpt")
     if part is None and facts["confusion"] is not None:
         counts = facts["confusion"]
@@ -119,10 +118,14 @@ def _draw_confusion(facts: Facts) -> Picture | None:
 
 
 def _draw_class_results(facts: Facts) -> Picture | None:
+    from foveal.inspect.class_results import draw_class_results
+
     return draw_class_results(facts["per_class"], unit=facts["unit"], subject=_subject(facts))
 
 
 def _draw_calibration(facts: Facts) -> Picture | None:
+    from foveal.inspect.calibration import draw_calibration
+
     calibration = facts.get("calibration")
     if calibration is None:
         return None
@@ -131,6 +134,8 @@ def _draw_calibration(facts: Facts) -> Picture | None:
 
 def _draw_mistakes(facts: Facts, plan: FinetunePlan) -> Picture | None:
     """Draw the images of the worst mistakes, which are read again, with their captions."""
+    from foveal.inspect.mistakes import draw_captioned_images
+
     rows = {row["id"]: row for row in facts.get("mistakes") or () if row.get("caption")}
     if not rows:
         return None

@@ -30,6 +30,7 @@ from finetune.probe.heads import Predictor, Resumable, fit_attentive_probe, fit_
 from finetune.probe.knn import fit_knn_probe
 from finetune.probe.logistic import fit_logistic_probe
 from finetune.probe.plan import ProbePlan
+from finetune.result_charts import save_probe_chart
 from foveal.atomic import write_json
 from foveal.data.batch import Batch
 from foveal.data.image.transforms import normalise
@@ -87,6 +88,7 @@ def run_probes(plan: ProbePlan, run: Run) -> None:
         run.progress.finish_part(len(results) + 1, f"top1 {', '.join(tops)}")
     metrics = select_layer_metrics(plan, results)
     run.notes = list(filter(None, _describe_list_edges(plan, metrics)))
+    save_probe_chart(run, {unit: result.top1 for unit, result in results.items()}, plan.image_counts["val"])
     run.mark_finished(metrics)
     return None
 

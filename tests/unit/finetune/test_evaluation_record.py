@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetune.plan import plan_training
 from finetune.train import train
 from foveal.distributed.preemption import LeaveRequest, Preemption
 from foveal.distributed.world import World
+from foveal.inspect import confusion
 from foveal.inspect.picture import read_title_and_description
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
@@ -135,11 +137,13 @@ def test_what_cannot_be_drawn_is_a_warning(
     def fail(*_: Any, **__: Any) -> Any:
         raise ValueError("no ink")
 
-    monkeypatch.setattr(evaluation_record, "draw_confusion", fail)
+    monkeypatch.setattr(confusion, "draw_confusion", fail)
     monkeypatch.setattr(evaluation_record, "read_images_by_id", fail)
+    monkeypatch.setitem(sys.modules, "foveal.inspect.calibration", None)  # as without matplotlib
     with caplog.at_level(logging.WARNING):
         run = finetune(settings(digits, tmp_path / "run"))
-    assert pictures_of(run, 10) == ["calibration", "per-class"]
+    assert pictures_of(run, 10) == ["per-class"]
+    assert "the picture 'calibration' is not written: import of foveal.inspect.calibration" in caplog.text
     assert [record.message for record in caplog.records if "no ink" in record.message] == [
         "the picture 'confusion' is not written: no ink",
         "the picture 'mistakes' is not written: no ink",

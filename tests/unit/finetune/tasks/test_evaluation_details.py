@@ -259,8 +259,8 @@ def test_several_labels_have_results_by_class_and_mistakes() -> None:
     for number, row in enumerate(facts["per_class"][:2]):
         assert row["average_precision"] == pytest.approx(average_precision_score(truth[:, number], logits[:, number]))
     assert replace_nonfinite(facts["per_class"][2])["average_precision"] is None
-    logits_NK, truth_NK = torch.from_numpy(logits), torch.from_numpy(truth)
-    losses = F.binary_cross_entropy_with_logits(logits_NK, truth_NK, reduction="none").mean(dim=1)
+    losses_BK = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(truth), reduction="none")
+    losses = losses_BK.mean(dim=1)
     (first, *_) = facts["mistakes"]
     assert (first["id"], first["loss"]) == (int(losses.argmax()), pytest.approx(float(losses.max()), rel=1e-5))
     assert set(first["missed"]) <= set(first["classes"])
