@@ -87,8 +87,13 @@ def _build_table(runs: list[ListedRun], folder: Path, *, is_wide: bool, with_siz
     columns += ["size"] if with_size else []
     for column in columns:
         is_number = column in ("step", "time", "size")
-        keeps_line = column in ("stage", "state", "started", "time", "size")
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=keeps_line)
+        may_fold = column in ("run", "best") and not is_wide
+        table.add_column(
+            column,
+            justify="right" if is_number else "left",
+            overflow="ellipsis" if column == "model" else "fold",
+            no_wrap=not may_fold and column != "run",
+        )
     for run in runs:
         cells = _format_cells(run, folder if not is_run(folder) else folder.parent)
         table.add_row(*(cells[column] for column in columns))
