@@ -18,6 +18,7 @@ from foveal.errors import CheckpointError, ConfigError
 from foveal.quantities import format_duration
 from foveal.runs.job_lookup import JobLookup
 from foveal.runs.listing import ListedRun, RunListing, list_with_status, sort_runs
+from foveal.runs.live_status import RunStatus
 from foveal.runs.record import STAGES, explain_no_run, is_run
 
 _WIDE = 110  # columns of a terminal from which data and model are shown
@@ -87,8 +88,8 @@ def _build_table(runs: list[ListedRun], folder: Path, *, is_wide: bool, with_siz
     columns += ["size"] if with_size else []
     for column in columns:
         is_number = column in ("step", "time", "size")
-        keeps_line = column in ("stage", "state", "started", "time", "size")
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=keeps_line)
+        may_fold = column in ("run", "model") or (column == "best" and not is_wide)
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=not may_fold)
     for run in runs:
         cells = _format_cells(run, folder if not is_run(folder) else folder.parent)
         table.add_row(*(cells[column] for column in columns))
@@ -103,14 +104,20 @@ def _format_cells(run: ListedRun, folder: Path) -> dict[str, Text]:
         "run": name_in(status.path, folder),
         "stage": Text(printable(status.stage)),
         "state": Text(describe_state(status), style=STYLES.get(status.state, "")),
-        "step": Text(describe_position(status)),
+        "step": Text(_format_step(status)),
         "best": Text(f"{describe_best(best)} {arrow}".strip()),
         "started": Text("" if started is None else _format_date(started, time.time())),
-        "time": Text(format_duration(status.duration_seconds)),
+        "time": Text(" ".join(format_duration(status.duration_seconds).split()[:2])),
         "data": Text(printable(run.data)),
         "model": Text(printable(run.model)),
         "size": Text("" if run.num_bytes is None else format_bytes(run.num_bytes)),
     }
+
+
+def _format_step(status: RunStatus) -> str:
+    """Return where a run is; of a finished one, where it ended."""
+    is_done = status.state == "finished" and status.nested is None and status.step is not None
+    return f"{status.step:,}" if is_done else describe_position(status)
 
 
 def _format_date(then: float, now: float) -> str:

@@ -187,6 +187,8 @@ def _record_lines(status: RunStatus, now: float) -> Lines:
 def _next_lines(status: RunStatus) -> Lines:
     step = status.checkpoint.step if status.checkpoint is not None else None
     where = f"goes on after step {step:,}" if step is not None else "starts it again"
+    if status.nested is not None and status.nested.num_finished:
+        where = f"goes on; {format_count(status.nested.num_finished, f'finished {status.nested.noun}')} will not be repeated"
     if status.is_stalled:
         yield "next", f"look at {status.path / 'logs'}: the time limit is engine.timeout_minutes"
     elif status.state in _STATES_TO_CONTINUE:

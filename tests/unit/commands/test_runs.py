@@ -39,7 +39,7 @@ def test_a_table_with_the_best_numbers(
     runs_command(runs)
     table = lines(capsys)
     assert table[0].split() == ["run", "stage", "state", "step", "best", "started"]
-    assert table[1].split()[:8] == ["mae", "pretrain", "finished", "100", "of", "100", "val_loss", "0.2500"]
+    assert table[1].split()[:7] == ["mae", "pretrain", "finished", "100", "val_loss", "0.2500", "↓"]
     assert "val_top1 0.7500 ↑" in table[2]
     assert all(len(line) <= 80 for line in table)
     monkeypatch.setenv("COLUMNS", "140")

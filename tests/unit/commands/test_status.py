@@ -88,6 +88,19 @@ def test_the_end_of_a_run_says_why_and_what_to_do(tmp_path: Path, capsys: pytest
     assert labelled(said(capsys, run))["next"].endswith("goes on after step 30")
 
 
+def test_trials_that_are_finished_are_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", stage="finetune", num_runs=4)
+    lease = begin_attempt(run)
+    end_attempt(make_run(run / "trials" / "one", finished={"val_top1": 0.5, "step": 5}))
+    inner = make_run(run / "trials" / "two", rows=steps(1, 10, begin=time.time()))
+    inner_lease = begin_attempt(inner)
+    lines = said(capsys, run)
+    assert labelled(lines)["trials"] == "1 of 4 finished two: step 10 of 100, loss 0.1000"
+    for each in (inner_lease, lease):
+        each.record_end_and_release("asked to leave (SIGTERM): at 2", 0)
+    assert labelled(said(capsys, run))["next"] == "the same command goes on; 1 finished trial will not be repeated"
+
+
 def test_slurm_and_another_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
