@@ -163,6 +163,20 @@ def test_a_pipeline_is_a_chain(tmp_path: Path) -> None:
     assert {"#stage-1", "#stage-2"} <= {link.get("href") for link in page.all_of("a")}
 
 
+def test_folds_of_an_array_are_no_stages(tmp_path: Path) -> None:
+    write_run(tmp_path / "chain" / "pretrain", rows=training_rows(steps=2))
+    for number in range(40):  # before the run that they belong to
+        write_run(tmp_path / "chain" / "finetune" / "folds" / f"seed0-fold{number}", stage="finetune")
+    assert "1 stage " in page_of(tmp_path / "chain").text
+
+
+def test_of_very_many_attempts_the_first_and_the_last_are_listed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", attempts=[{"code": 5, "why": f"end {number}"} for number in range(1, 501)])
+    text = page_of(run).text
+    assert "end 1" in text and "end 500" in text
+    assert "end 250" not in text
+
+
 @pytest.mark.parametrize("name", OLD_RUNS)
 def test_a_run_of_version_0_1_has_a_page(name: str, tmp_path: Path) -> None:
     page = page_of(copy_old_run(name, tmp_path / "old"))
