@@ -154,11 +154,18 @@ def describe_curve(curve: Curve, axis: str) -> str:
 
 
 def tabulate_curves(curves: Sequence[Curve], axis: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Return the columns and a few rows of curves: the nearest value of each at the steps of the first one."""
+    """Return the columns and some rows of curves: steps of the first curve, and those of the first evaluations.
+
+    An evaluation has a value at its own steps only; a curve of a long run the mean that is nearest.
+    """
     columns = (axis, *(curve.name for curve in curves))
-    steps = [step for step, _ in curves[0].series.table(_TABLE_ROWS)]
-    tables = [dict(_nearest(curve.series, steps)) for curve in curves]
-    return columns, tuple((f"{step:,}", *(table.get(step, "") for table in tables)) for step in steps)
+    steps = {step for step, _ in curves[0].series.table(_TABLE_ROWS)}
+    evaluated = next((curve for curve in curves if curve.is_evaluation), None)
+    steps |= {step for step, _ in evaluated.series.table(_TABLE_ROWS)} if evaluated is not None else set()
+    cells = [_cells_at(curve, sorted(steps)) for curve in curves]
+    return columns, tuple(
+        (f"{step:,}", *row) for step, row in zip(sorted(steps), zip(*cells, strict=True), strict=True)
+    )
 
 
 def draw_dots(key: str, title: str, groups: Mapping[str, Sequence[tuple[str, float]]], y_title: str) -> Chart | None:
@@ -308,14 +315,14 @@ def _is_positive(series: Series) -> bool:
     return series.lowest is not None and series.lowest[1] > 0
 
 
-def _nearest(series: Series, steps: Sequence[int]) -> list[tuple[int, str]]:
-    points = [
-        (at, value) for at, value in (series.means() if series.is_thinned else series.points()) if value is not None
-    ]
+def _cells_at(curve: Curve, steps: Sequence[int]) -> list[str]:
+    """Return the values of a curve at ascending steps as text; "" where an evaluation has none."""
+    series = curve.series
+    points = [point for point in (series.means() if series.is_thinned else series.points()) if point[1] is not None]
     cells, at = [], 0
     for step in steps:
         while at + 1 < len(points) and abs(points[at + 1][0] - step) <= abs(points[at][0] - step):
             at += 1
-        if points:
-            cells.append((step, format_number(points[at][1])))
+        is_known = bool(points) and (points[at][0] == step or series.is_thinned or not curve.is_evaluation)
+        cells.append(format_number(points[at][1]) if is_known else "")
     return cells

@@ -11,7 +11,7 @@ from foveal.report.page import render_page, write_page
 from foveal.report.pictures import PictureBudget
 from foveal.report.section import RunSection, describe_run, link_to
 from foveal.report.text import format_duration
-from foveal.runs.record import RunRecord, is_run, list_runs, read_run
+from foveal.runs.record import NESTED_FOLDERS, RunRecord, is_run, list_runs, read_run
 
 REPORT_FILE = "report.html"
 _PICTURE_BYTES = 1_900_000  # of a run, before base64 makes a third more of them
@@ -60,7 +60,9 @@ def find_stages(folder: Path, known: Path | None = None) -> list[RunRecord]:
 
     Raises: CheckpointError if there is none, or if there are more than a page can have.
     """
-    runs = list_runs(folder) if folder.is_dir() else []
+    listed = list_runs(folder) if folder.is_dir() else []
+    # Folds of a Slurm array exist before the run that they belong to; they are no stages.
+    runs = [run for run in listed if run.parent.name not in NESTED_FOLDERS] or listed
     found = {run.resolve(): run for run in runs}
     for run in [*_find_neighbours(folder), *([] if known is None else [known])]:
         found.setdefault(run.resolve(), run)

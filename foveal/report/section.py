@@ -1,9 +1,10 @@
 """All that a page says of one run, as plain data for the template."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from foveal.errors import CheckpointError
@@ -89,7 +90,8 @@ def describe_run(record: RunRecord, anchor: str, page: Path, budget: PictureBudg
 
     page: the file that is written, from which links lead. Raises: CheckpointError if the run cannot be read at all.
     """
-    curves, events, problems = read_curves(record), read_events(record), []
+    curves, events, problems = read_curves(record), read_events(record), list[str]()
+    record = replace(record, finished=_check_finished(record.finished, problems))
     problems += [curves.problem] if curves.problem else []
     inputs, problem = read_inputs_or_problem(record)
     problems += [problem] if problem else []
@@ -140,6 +142,15 @@ def describe_run(record: RunRecord, anchor: str, page: Path, budget: PictureBudg
 def link_to(target: Path, page: Path) -> str:
     """Return the address of a file or folder from a page, relative and quoted."""
     return quote(os.path.relpath(target.resolve(), page.resolve().parent)) + ("/" if target.is_dir() else "")
+
+
+def _check_finished(finished: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return what finished.json says, without values of a wrong type, which a hand may have written."""
+    kinds = {"summary": dict, "notes": list, "seconds": int | float, "total_seconds": int | float}
+    wrong = [name for name, kind in kinds.items() if name in finished and not isinstance(finished[name], kind)]
+    if wrong:
+        problems.append(f"finished.json is damaged: {', '.join(wrong)}")
+    return {name: value for name, value in finished.items() if name not in wrong}
 
 
 def _collect_links(record: RunRecord, page: Path) -> Iterable[Link]:

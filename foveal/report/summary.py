@@ -25,6 +25,7 @@ STATE_WORDS = {
     "diverged": "diverged",
     "superseded": "superseded",
 }
+_MAX_ATTEMPTS = 60  # in the table of a page
 _GOOD, _BAD = ("finished",), ("failed", "diverged", "killed")
 
 
@@ -119,10 +120,13 @@ def mean_speed(record: RunRecord, curves: Curves) -> float | None:
 
 
 def describe_attempts(record: RunRecord) -> tuple[tuple[str, ...], ...]:
-    """Return a row for each attempt: number, start, where, ranks, steps, duration, code, end."""
-    return tuple(
-        _describe_attempt(attempt, record, is_last=attempt is record.attempts[-1]) for attempt in record.attempts
-    )
+    """Return a row for each attempt: number, start, where, ranks, steps, duration, code, end.
+
+    Of very many those in the middle are left out.
+    """
+    attempts = record.attempts
+    shown = attempts if len(attempts) <= _MAX_ATTEMPTS else (*attempts[:5], *attempts[5 - _MAX_ATTEMPTS :])
+    return tuple(_describe_attempt(attempt, record, is_last=attempt is attempts[-1]) for attempt in shown)
 
 
 def read_inputs_or_problem(record: RunRecord) -> tuple[RunInputs | None, str]:

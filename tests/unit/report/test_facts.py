@@ -5,13 +5,14 @@ from pathlib import Path
 
 from run_folders import write_lines, write_run
 
-from foveal.report.charts import escape_text
+from foveal.report.charts import Curve, escape_text, tabulate_curves
 from foveal.report.curves import Curves
 from foveal.report.events import Events
 from foveal.report.lineage import LineageNode, describe_lineage
 from foveal.report.nested import read_nested
 from foveal.report.results import choose_tiles, draw_confusion, group_results, read_evaluation
 from foveal.report.run_charts import draw_throughput
+from foveal.report.series import Series
 from foveal.report.settings import infer_stage, read_settings
 from foveal.report.text import format_duration, format_number
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs
@@ -156,6 +157,18 @@ def test_trials_are_a_table_and_a_chart_by_arm(tmp_path: Path) -> None:
         ("b-seed1-lr0.1", "failed", ""),
     ]
     assert [(trace["name"], trace["y"]) for trace in nested.chart.traces] == [("a", [0.5, 0.6]), ("b", [0.7])]
+
+
+def test_a_table_has_an_evaluation_at_its_own_steps() -> None:
+    loss, evaluation = Series(), Series()
+    for step in range(1, 101):
+        loss.add(step, 1 / step)
+    for step in (33, 66):
+        evaluation.add(step, float(step))
+    columns, rows = tabulate_curves([Curve("loss", loss), Curve("val_top1", evaluation, is_evaluation=True)], "step")
+    assert columns == ("step", "loss", "val_top1")
+    assert [row for row in rows if row[2]] == [("33", "0.0303", "33"), ("66", "0.01515", "66")]
+    assert (rows[0], rows[-1], len(rows)) == (("1", "1", ""), ("100", "0.01", ""), 14)
 
 
 def test_texts_of_charts_have_no_markup() -> None:

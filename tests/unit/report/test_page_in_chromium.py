@@ -54,6 +54,10 @@ def test_a_page_is_drawn(name: str, browser: Chromium, pages: dict[str, Path]) -
         assert page.evaluate(curves) > places
         for width in (1400, 500):
             page.set_size(width, 1000)
+            widths = (
+                "Array.from(document.querySelectorAll('.plot .main-svg')).map(svg => svg.getBoundingClientRect().width)"
+            )
+            page.wait_for(f"Math.max(...{widths}) < {width}")  # the charts follow, some time later
             for dark in (False, True):
                 page.set_dark(dark)
                 assert page.evaluate("document.documentElement.scrollWidth") <= width

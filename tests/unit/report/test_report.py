@@ -163,6 +163,20 @@ def test_a_pipeline_is_a_chain(tmp_path: Path) -> None:
     assert {"#stage-1", "#stage-2"} <= {link.get("href") for link in page.all_of("a")}
 
 
+def test_folds_of_an_array_are_no_stages(tmp_path: Path) -> None:
+    write_run(tmp_path / "chain" / "pretrain", rows=training_rows(steps=2))
+    for number in range(40):  # before the run that they belong to
+        write_run(tmp_path / "chain" / "finetune" / "folds" / f"seed0-fold{number}", stage="finetune")
+    assert "1 stage " in page_of(tmp_path / "chain").text
+
+
+def test_of_very_many_attempts_the_first_and_the_last_are_listed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", attempts=[{"code": 5, "why": f"end {number}"} for number in range(1, 501)])
+    text = page_of(run).text
+    assert "end 1" in text and "end 500" in text
+    assert "end 250" not in text
+
+
 @pytest.mark.parametrize("name", OLD_RUNS)
 def test_a_run_of_version_0_1_has_a_page(name: str, tmp_path: Path) -> None:
     page = page_of(copy_old_run(name, tmp_path / "old"))
@@ -186,10 +200,13 @@ def test_damaged_files_are_named_and_do_not_end_a_page(tmp_path: Path) -> None:
     (run / "inputs.json").write_text('{"run": 3}')
     (run / "evaluation.json").write_text('{"per_class": [3]}')
     (run / "fork.json").write_text("{}")
+    (run / "finished.json").write_text(
+        '{"summary": [], "notes": 3, "seconds": "long", "total_seconds": null, "science": {}}'
+    )
     (run / "refused.jsonl").write_text('nonsense\n{"step": "x"}\n[]\n{"step": NaN}\n')
     (run / "stragglers.jsonl").write_text('{"step": 1}\n{"step": 1, "rank": "x", "step_seconds": "y"}\n')
     text = page_of(run).text
-    for name in ("metrics.jsonl", "inputs", "evaluation.json", "fork.json"):
+    for name in ("metrics.jsonl", "inputs", "evaluation.json", "fork.json", "finished.json"):
         assert name in text
 
 
