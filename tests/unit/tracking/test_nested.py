@@ -14,6 +14,8 @@ from points import in_jsonl, in_mlflow, row, run_id
 from uploads import WAIT, until
 
 from foveal.atomic import write_json
+from foveal.commands.track import sync
+from foveal.errors import ConfigError
 from foveal.tracking import nested, open_tracker, uploader
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.nested import NestedTracker, OuterTracker, SyncWithNested, list_nested
@@ -291,3 +293,17 @@ def test_in_mlflow_trials_are_children_and_leave_the_outer_runs_state_alone(tmp_
     outer.close("failed")
     assert client.get_run(outer_id).info.status == "FAILED"
     assert client.get_run(trial_id).info.status == "FINISHED"
+
+
+def test_a_trial_alone_is_not_synced(tmp_path: Path) -> None:
+    """`foveal track sync` of a trial names the run that it is a part of."""
+    trial = tmp_path / "run" / "trials" / "a"
+    trial.mkdir(parents=True)
+    for folder in (trial, tmp_path / "run"):
+        (folder / "config.yaml").write_text("tracking: {uri: null}\n")
+    (trial / "metrics.jsonl").write_text("")
+    outer = tmp_path / "run"
+    with pytest.raises(ConfigError, match=f"{trial} is a part of {outer}, .*: foveal track sync {outer}$"):
+        sync(trial)
+    with pytest.raises(ConfigError, match=f"{outer}/config.yaml: tracking.uri is null"):
+        sync(outer)
