@@ -86,7 +86,7 @@ def trial_config(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) 
 def nested_run_config(cfg: FinetuneConfig, subdirectory: str, overrides: dict[str, Any]) -> FinetuneConfig:
     """Return the settings of a nested run in a subdirectory of the outer run's directory.
 
-    ``overrides`` are settings by dotted name. Only the outer run is tracked in MLflow.
+    ``overrides`` are settings by dotted name. A nested run has no MLflow of its own: the outer run's uploader delivers it.
     """
     tree: dict[str, Any] = cfg.model_dump() | {"trials": None, "cross_validation": None}
     if "ignore_id" not in cfg.data.model_fields_set:

@@ -2,8 +2,8 @@
 
 Each fold is a run in ``folds/`` of the cross-validation's run directory. Without a Slurm array the folds are nested
 runs (nested_runs.py), one after another. With a Slurm array task i of n runs the folds i, i + n, i + 2n, ..., each as
-an outermost run with its own lease and without MLflow, so that all tasks work in ``folds/`` at the same time. The task
-that finds all folds finished opens the cross-validation's run and writes the aggregated results.
+an outermost run with its own lease, so that all tasks work in ``folds/`` at the same time. The task that finds all folds
+finished opens the cross-validation's run, writes the aggregated results and delivers the folds to MLflow.
 """
 
 import logging

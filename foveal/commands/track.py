@@ -62,7 +62,7 @@ def _read_tracking_config(run: Path, uri: str | None) -> tuple[dict[str, Any], T
     tracking = tree.get("tracking", {}) | ({} if uri is None else {"uri": uri})
     cfg = TrackingConfig.from_dict(tracking, "--uri" if uri else str(file))
     if cfg.uri is None:
-        outer = run.absolute().parents[1]
+        outer = run.absolute().parent.parent
         if run.absolute() in list_nested(outer) and (outer / "config.yaml").exists():
             raise ConfigError(f"{run} is a part of {outer}, with which it is delivered: foveal track sync {outer}")
         raise ConfigError(f"{file}: tracking.uri is null, so the run has no MLflow; name one with --uri")

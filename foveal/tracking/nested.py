@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +149,10 @@ class SyncWithNested(RunSync):
 
     def _list_pending(self) -> list[Path]:
         """Return the runs with something to deliver: those under way first, then the newest ones."""
-        folders = list_nested(self._run_dir)
         with self._lock:
             done, live = set(self._done), set(self._live)
-        pending = [(folder not in live, -_modified_at(folder), folder) for folder in folders if folder not in done]
+        folders = list_nested(self._run_dir, done)
+        pending = [(folder not in live, -_modified_at(folder), folder) for folder in folders]
         return [folder for _, _, folder in sorted(pending)]
 
     def _upload_safely(self, folder: Path, upload: Callable[[RunSync], object]) -> tuple[RunSync | None, bool]:
@@ -300,12 +300,16 @@ class NestedTracker:
             self._outer.uploader.notify()
 
 
-def list_nested(run_dir: Path) -> list[Path]:
-    """Return the folders of a run's nested runs that have begun."""
+def list_nested(run_dir: Path, without: Collection[Path] = ()) -> list[Path]:
+    """Return the folders of a run's nested runs that have begun, without some of them."""
     folders: list[Path] = []
     for name in NESTED_FOLDERS:
         with contextlib.suppress(OSError):  # most runs have no nested runs
-            folders += [folder for folder in (run_dir / name).iterdir() if (folder / "metrics.jsonl").exists()]
+            folders += [
+                folder
+                for folder in (run_dir / name).iterdir()
+                if folder not in without and (folder / "metrics.jsonl").exists()
+            ]
     return folders
 
 

@@ -28,7 +28,7 @@ pytestmark = [
 
 PREFIX = "/team/mlflow"
 USER, PASSWORD = "admin", "planted-login-password"
-PLANTED = {"DATA_TOKEN": "planted-data-token", "OTHER_SECRET": "planted-other-secret", "PLACE": "planted-folder"}
+PLANTED = {"DATA_TOKEN": "planted-data-token", "OTHER_SECRET": "planted-other-secret"}
 EXTRA = os.environ.get("FOVEAL_TEST_PACKAGES", "")
 
 
@@ -118,11 +118,17 @@ def said(done: Ended) -> list[str]:
     return [line for line in (done.out + done.err).splitlines() if "tracking:" in line]
 
 
-def test_postgresql_behind_a_prefix(configs: dict[str, Path], postgres_server: Server, tmp_path: Path) -> None:
+def test_postgresql_behind_a_prefix(
+    configs: dict[str, Path], postgres_server: Server, pages: int, tmp_path: Path
+) -> None:
     """A run whose data URL holds a secret of the environment, delivered through the proxy, artifacts too."""
     run, seen = tmp_path / "run", []
     with serve_prefix(PREFIX, postgres_server.port, seen) as uri:
-        done = pretrain(configs["pretrain"], run, uri)
+        data = [
+            f"data.path=http://127.0.0.1:{pages}/digits?sig=${{DATA_TOKEN}}",
+            f"data.cache.dir={tmp_path / 'cache'}",
+        ]
+        done = pretrain(configs["pretrain"], run, uri, *data)
         assert done.code == 0, done.err
         assert said(done) == []
         client = MlflowClient(uri)

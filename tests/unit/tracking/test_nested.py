@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from fake_store import Kept
-from points import in_jsonl, row
+from points import in_jsonl, in_mlflow, row, run_id
 from uploads import WAIT, until
 
 from foveal.atomic import write_json
+from foveal.commands.track import sync
+from foveal.errors import ConfigError
 from foveal.tracking import nested, open_tracker, uploader
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.nested import NestedTracker, OuterTracker, SyncWithNested, list_nested
@@ -264,3 +266,44 @@ def test_who_delivers_a_nested_run(tmp_path: Path) -> None:
     assert isinstance(inner, JsonlTracker)
     inner.close("finished")
     outer.close("finished")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own dependencies have moved on
+def test_in_mlflow_trials_are_children_and_leave_the_outer_runs_state_alone(tmp_path: Path) -> None:
+    """A trial and the outer run are both under way; the trial ends, and the outer run is under way still."""
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    outer, _ = open_tracker(tmp_path / "run", TrackingConfig(uri=uri), None, 0)
+    outer.log_settings({}, {})
+    folder = tmp_path / "run" / "trials" / "<b>ä"
+    trial, _ = open_tracker(folder, TrackingConfig(uri=None), None, 0, outer_tracker=outer)
+    trial.log_settings({"seed": 1}, {})
+    trial.log_rows([row(1)])
+    write_json(folder / "finished.json", {})
+    trial.close("finished")
+    note = tmp_path / "run" / nested._DELIVERED
+    until(note.exists)
+    client = MlflowClient(uri)
+    outer_id, trial_id = run_id(tmp_path / "run"), run_id(folder)
+    found = client.get_run(trial_id)
+    assert (found.info.status, found.data.tags["mlflow.parentRunId"]) == ("FINISHED", outer_id)
+    assert in_mlflow(client, folder) == in_jsonl(folder)
+    assert client.get_run(outer_id).info.status == "RUNNING"
+    outer.close("failed")
+    assert client.get_run(outer_id).info.status == "FAILED"
+    assert client.get_run(trial_id).info.status == "FINISHED"
+
+
+def test_a_trial_alone_is_not_synced(tmp_path: Path) -> None:
+    """`foveal track sync` of a trial names the run that it is a part of."""
+    trial = tmp_path / "run" / "trials" / "a"
+    trial.mkdir(parents=True)
+    for folder in (trial, tmp_path / "run"):
+        (folder / "config.yaml").write_text("tracking: {uri: null}\n")
+    (trial / "metrics.jsonl").write_text("")
+    outer = tmp_path / "run"
+    with pytest.raises(ConfigError, match=f"{trial} is a part of {outer}, .*: foveal track sync {outer}$"):
+        sync(trial)
+    with pytest.raises(ConfigError, match=f"{outer}/config.yaml: tracking.uri is null"):
+        sync(outer)

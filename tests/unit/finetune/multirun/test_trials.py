@@ -20,6 +20,7 @@ from foveal.distributed.world import World
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.config import VitConfig
 from foveal.models.vit import build_encoder, encoder_card
+from foveal.tracking.tracker import Tracker
 from foveal.training.lease import list_attempts
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
@@ -160,6 +161,7 @@ class Fit:
 
     def __init__(self, leave_after: int = 99) -> None:
         self.trained: list[str] = []
+        self.outer_trackers: list[Tracker | None] = []
         self.leave_after = leave_after
 
     def __call__(self, plan: FinetunePlan, run: Run) -> None:
@@ -167,6 +169,7 @@ class Fit:
             run.mark_preempted(1)
             return
         self.trained.append(run.path.name)
+        self.outer_trackers.append(run.outer_tracker)
         if plan.stop_step == plan.total_steps:
             better = plan.cfg.init is not None
             run.mark_finished({"val_top1": 0.5 + 0.25 * better, "holdout_top1": 10 * plan.cfg.optim.lr_per_256})
@@ -196,6 +199,8 @@ def test_finished_trials_are_not_repeated(digits: Path, encoder: Path, tmp_path:
     assert (summary["mae_top1"], summary["scratch_top1"], summary["mae_lr_per_256"]) == (0.75, 0.5, RATES[1])
     assert not run_attempt(cfg, third)
     assert third.trained == []
+    assert None not in first.outer_trackers, "the outer run's uploader delivers a trial"
+    assert len(set(map(id, first.outer_trackers))) == 1
 
 
 @pytest.mark.parametrize(
