@@ -51,9 +51,7 @@ def lineage(
         _show_tree(root, checks if check else None)
     differing = sum(found.verdict == "differs" for found in checks)
     if differing:
-        raise ExportError(
-            f"{differing} of {len(checks)} digests differ from what is recorded: the lines above say which"
-        )
+        raise ExportError(f"digests that differ from what is recorded: {differing} of {len(checks)}, as said above")
 
 
 def _show_tree(root: LineageNode, checks: list[DigestCheck] | None) -> None:

@@ -52,7 +52,7 @@ def test_a_file_that_was_changed_is_an_error(export: Path) -> None:
     assert "differs" in result.output
     assert isinstance(result.exception, ExportError)
     assert (str(result.exception), result.exception.exit_code) == (
-        "1 of 3 digests differ from what is recorded: the lines above say which",
+        "digests that differ from what is recorded: 1 of 3, as said above",
         2,
     )
     (export.parents[1] / "encoder" / "export" / "model.safetensors").unlink()

@@ -10,7 +10,7 @@ from foveal.atomic import read_json, write_json
 from foveal.convert.formats import convert
 from foveal.runs.inputs import ModelInput, RunInputs
 
-PLACE = "/home/ann"
+PLACE = "/disk/of/ann"
 
 
 @pytest.mark.parametrize("to", ["timm", "hf", "safetensors"])

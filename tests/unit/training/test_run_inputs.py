@@ -66,6 +66,8 @@ def test_pretraining(inputs_of: Callable[..., RunInputs], encoder: Path, digits:
     assert (inputs.run, inputs.stage, inputs.models) == (str(tmp_path / "run"), "pretrain", ())
     assert facts_of(inputs.datasets) == [TRAINING]  # a run that evaluates nothing says so
     assert (inputs.datasets[0].path, inputs.datasets[0].num_classes) == (str(digits), 10)
+    relative = inputs_of("pretrain", model=VIT, data={"path": os.path.relpath(digits)})
+    assert relative.datasets == inputs.datasets  # what a lineage names is found from anywhere
     assert facts_of(inputs_of("pretrain", model=VIT, evaluate_every=5).datasets) == [TRAINING, EVALUATION]
     (init,) = inputs_of("pretrain", model=VIT, init=os.path.relpath(encoder)).models
     digest, results = sha256(encoder / "model.safetensors"), {"val_loss": 0.25, "val_knn_top1": 0.75}

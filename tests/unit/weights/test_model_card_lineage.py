@@ -19,7 +19,7 @@ HOSTILE = "a|b <script>alert(1)</script> [x](y) `c`\n# *d* ü"
 
 
 def card_of(*models: ModelInput, **inputs: Any) -> Card:
-    record = RunInputs("/home/ann/run", "finetune", (DIGITS,), models).to_dict() | inputs
+    record = RunInputs("/disk/of/ann/run", "finetune", (DIGITS,), models).to_dict() | inputs
     return Card("finetune", encoder_card(VIT, 16, 1), (0.3,), (0.4,), inputs=record)
 
 
@@ -29,13 +29,13 @@ def cells(text: str) -> list[str]:
 
 
 def test_ancestors_are_a_table() -> None:
-    encoder = RunInputs("/home/ann/encoder", "pretrain", (DIGITS, DIGITS))
-    fork = ModelInput("fork", "/home/ann/encoder", "f" * 64, "pretrain", 3, encoder)
-    teacher = ModelInput("teacher", "/home/ann/x", "e" * 64, "pretrain", 9, RunInputs("/r", "pretrain", (), (fork,)))
-    others = ModelInput("init", "/home/ann/weights.pth", "a" * 64, "foreign", 0)
+    encoder = RunInputs("/disk/of/ann/encoder", "pretrain", (DIGITS, DIGITS))
+    fork = ModelInput("fork", "/disk/of/ann/encoder", "f" * 64, "pretrain", 3, encoder)
+    teacher = ModelInput("teacher", "/disk/of/ann/x", "e" * 64, "pretrain", 9, RunInputs("/r", "pretrain", (), (fork,)))
+    others = ModelInput("init", "/disk/of/ann/weights.pth", "a" * 64, "foreign", 0)
     text = build_model_card(card_of(teacher, others))
     assert "## Lineage" in text
-    assert "/home/ann" not in text
+    assert "/disk/of/ann" not in text
     assert cells(lineage_section(card_of(teacher, others))) == [
         *("teacher", "pretrain", "9", "", "e" * 64),
         *("init", "weights of others", "", "not recorded", "a" * 64),
