@@ -45,14 +45,30 @@ def keep_evaluation(
             write_json(folder / FILE_NAME, _complete_facts(run, describe(), step, metrics))
 
 
-def publish_kept_evaluation(run: Run, export_folder: Path) -> None:
+def publish_kept_evaluation(run: Run, export_folder: Path, step: int) -> None:
     """Move evaluation.json, which came with the best weights, out of the export, and draw its pictures."""
-    if run.world.rank != 0 or not (kept := export_folder / FILE_NAME).exists():
-        return  # the best evaluation may be one of an older version, or of the run that this one is forked from
-    with warn_of_failure("evaluation.json of the best evaluation"):
+    if run.world.rank == 0:
+        with warn_of_failure("evaluation.json of the best evaluation"):
+            facts = _take_kept_facts(run, export_folder / FILE_NAME, step)
+            if facts is not None:
+                _publish(run, facts)
+
+
+def _take_kept_facts(run: Run, kept: Path, step: int) -> Facts | None:
+    """Return the facts of the best evaluation, and remove their file; None if it was one of an older version.
+
+    The best of a fork may be the source's, whose export has its facts no more.
+    """
+    if kept.exists():
         facts = read_json(kept)
         kept.unlink()
-        _publish(run, facts)
+        return facts
+    fork = run.plan.fork
+    source = None if fork is None else Path(fork.run) / FILE_NAME
+    if source is None or not source.exists():
+        return None
+    facts = read_json(source)
+    return facts if facts.get("step") == step else None
 
 
 def _complete_facts(run: Run, facts: Facts, step: int, metrics: Mapping[str, float]) -> Facts:

@@ -145,6 +145,6 @@ def _finish_with_best(metric: Metric, run: Run) -> None:
     best = find_best_step(run.evaluations, metric)
     export_folder = run.exporter.publish_best(best)
     run.tracker.log_file(export_folder / "card.json")
-    publish_kept_evaluation(run, export_folder)
+    publish_kept_evaluation(run, export_folder, best)
     run.mark_finished({"best_step": best}, best_metrics=run.evaluations[best])
     run.exporter.remove_best()

@@ -50,4 +50,4 @@ def _describe_tendency(filled: Sequence[Mapping[str, Any]]) -> str:
     gap = sum(row["count"] * (row["confidence"] - row["accuracy"]) for row in filled) / total
     if abs(gap) < 0.005:
         return "on average as confident as right"
-    return f"on average {100 * abs(gap):.1f} % {'more' if gap > 0 else 'less'} confident than right"
+    return f"on average {100 * abs(gap):.1f} points {'more' if gap > 0 else 'less'} confident than right"

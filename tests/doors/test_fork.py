@@ -271,6 +271,7 @@ def test_a_fork_of_a_run_that_stopped_early_trains_and_its_card_names_both(confi
     assert [row["step"] for row in rows if "loss" in row], "patience begins anew"
     card = json.loads((fork / "export/card.json").read_text())
     assert card["step"] == stopped, "the source's best is the fork's"
+    assert json.loads((fork / "evaluation.json").read_text())["step"] == stopped
     assert card["science"]["inherited.fork.run"] == str(run)
 
 

@@ -121,7 +121,7 @@ def test_calibration_says_whether_it_is_overconfident() -> None:
     bins = [empty] * 9 + [{"count": 10, "accuracy": 0.7, "confidence": 0.95}]
     picture = draw_calibration(bins, 0.25, subject="10 images")
     assert picture is not None
-    assert "Expected calibration error 25.0 %; on average 25.0 % more confident than right." in picture.description
+    assert "Expected calibration error 25.0 %; on average 25.0 points more confident than right." in picture.description
     assert draw_calibration([empty] * 10, None, subject="") is None
 
 
