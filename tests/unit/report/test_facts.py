@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from hostile_run import SECRET
 from run_folders import write_lines, write_run
 
 from foveal.report.charts import Curve, escape_text, tabulate_curves
@@ -55,7 +56,7 @@ def test_settings_that_differ_from_the_defaults() -> None:
         "mask_ratio": 0.9,
         "log.every": 5,
         "run.dir": "runs/x",
-        "data.path": "https://user:planted-pw@host/data",
+        "data.path": f"https://user:{SECRET}@host/data",
         "data.augment.ratio": [0.75, 4 / 3],
     }
     read = read_settings(settings, "pretrain")
