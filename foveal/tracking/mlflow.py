@@ -15,7 +15,7 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -132,7 +132,13 @@ class MLflowRun:
                 raise
 
     def list_files(self) -> dict[str, int]:
-        artifacts = [file for folder in (None, "pictures") for file in self._client.list_artifacts(self.run_id, folder)]
+        folders = (None, "pictures")
+        try:
+            artifacts = [file for folder in folders for file in self._client.list_artifacts(self.run_id, folder)]
+        except MlflowException as error:  # MLflow's client looks for models among them, which an older server has not
+            if error.error_code != ErrorCode.Name(ENDPOINT_NOT_FOUND):
+                raise
+            return {}
         return {file.path: file.file_size or 0 for file in artifacts if not file.is_dir}
 
     def upload_file(self, path: Path, remote_folder: str) -> None:
