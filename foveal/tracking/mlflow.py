@@ -72,7 +72,9 @@ class MLflowRun:
         parent_tag = {} if parent_id is None else {MLFLOW_PARENT_RUN_ID: parent_id}
         run_name = name_run(run_dir.resolve(), pipeline)
         self.run_id = runs.resume_or_create_run(run_dir, run_name, {CREATION_TAG: creation_token, **parent_tag})
-        self.facts: RemoteFacts = MLflowFacts(self._client, runs, self.run_id, parent_id, run_name)
+        # The parent of a trial or a fold is a run, which has a state and results of its own.
+        pipeline_id = None if pipeline is None or (pipeline / "config.yaml").exists() else parent_id
+        self.facts: RemoteFacts = MLflowFacts(self._client, runs, self.run_id, pipeline_id, run_name)
 
     def get_latest_steps(self) -> dict[str, int]:
         data = self._client.get_run(self.run_id).data
