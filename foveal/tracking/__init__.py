@@ -87,7 +87,7 @@ def _build_sync(
         tail,
         connect,
         facts,
-        lambda folder, rows: RunSync(folder, rows, partial(_connect_nested, cfg, folder, run_dir, uuid.uuid4().hex)),
+        lambda folder, rows: RunSync(folder, rows, partial(_connect_mlflow, cfg, folder, run_dir, uuid.uuid4().hex)),
         trusts_notes=not compares_nested,
     )
 
@@ -109,17 +109,10 @@ def report_end_without_tracker(
         build_uploader(run_dir, cfg, pipeline_dir, MetricsTail(os.open(rows_file, os.O_RDONLY), rows_file)).close()
 
 
-def _connect_mlflow(cfg: TrackingConfig, run_dir: Path, pipeline_dir: Path | None, creation_token: str) -> RemoteRun:
-    """Resume or create the run in MLflow. Raises: whatever MLflow raises."""
+def _connect_mlflow(cfg: TrackingConfig, run_dir: Path, parent_dir: Path | None, creation_token: str) -> RemoteRun:
+    """Resume or create the run in MLflow, below that of its pipeline or outer run. Raises: whatever MLflow raises."""
     # MLflow reads it on import: what a cluster runs is not reported to anybody.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from foveal.tracking.mlflow import MLflowRun
 
-    return MLflowRun(cfg, run_dir, pipeline_dir, creation_token)
-
-
-def _connect_nested(cfg: TrackingConfig, folder: Path, outer_dir: Path, creation_token: str) -> RemoteRun:
-    """Resume or create a nested run in MLflow, as a child of the outer run. Raises: whatever MLflow raises."""
-    from foveal.tracking.mlflow import MLflowRun
-
-    return MLflowRun(cfg, folder, outer_dir, creation_token, is_nested=True)
+    return MLflowRun(cfg, run_dir, parent_dir, creation_token)

@@ -15,7 +15,7 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -49,16 +49,8 @@ class MLflowRun:
     ``creation_token`` tags a run that is created here, because a request that seemed to fail may have created it.
     """
 
-    def __init__(
-        self,
-        cfg: TrackingConfig,
-        run_dir: Path,
-        parent_dir: Path | None,
-        creation_token: str,
-        *,
-        is_nested: bool = False,
-    ) -> None:
-        """``parent_dir``: of the run's pipeline, or of the run that contains it if ``is_nested``."""
+    def __init__(self, cfg: TrackingConfig, run_dir: Path, parent_dir: Path | None, creation_token: str) -> None:
+        """``parent_dir``: of the run's pipeline, or of the run that contains this trial or fold."""
         assert cfg.uri is not None
         # Failures are raised and logged by the uploader. Importing MLflow sets the levels, so this must come later.
         for logger_name in ("mlflow", "alembic"):
@@ -78,10 +70,11 @@ class MLflowRun:
             if parent is None
             else runs.resume_or_create_run(parent, parent.name, {CREATION_TAG: f"{creation_token}.pipeline"})
         )
+        # A run that contains others has a state and results of its own, which none of them sets.
+        is_nested = parent is not None and (parent / "config.yaml").exists()
         parent_tag = {} if parent_id is None else {MLFLOW_PARENT_RUN_ID: parent_id}
         run_name = run_dir.resolve().name if is_nested else name_run(run_dir.resolve(), parent)
         self.run_id = runs.resume_or_create_run(run_dir, run_name, {CREATION_TAG: creation_token, **parent_tag})
-        # A run that contains others has a state of its own, which none of them sets.
         pipeline_id = None if is_nested else parent_id
         self.facts: RemoteFacts = MLflowFacts(self._client, runs, self.run_id, pipeline_id, run_name)
 
@@ -143,7 +136,13 @@ class MLflowRun:
                 raise
 
     def list_files(self) -> dict[str, int]:
-        artifacts = [file for folder in (None, "pictures") for file in self._client.list_artifacts(self.run_id, folder)]
+        folders = (None, "pictures")
+        try:
+            artifacts = [file for folder in folders for file in self._client.list_artifacts(self.run_id, folder)]
+        except MlflowException as error:  # MLflow's client looks for models among them, which an older server has not
+            if error.error_code != ErrorCode.Name(ENDPOINT_NOT_FOUND):
+                raise
+            return {}
         return {file.path: file.file_size or 0 for file in artifacts if not file.is_dir}
 
     def upload_file(self, path: Path, remote_folder: str) -> None:

@@ -45,7 +45,7 @@ _TAGS = {
 
 @dataclass(frozen=True)
 class MLflowFacts:
-    """The facts of one run. parent_id: the run of its pipeline, if it has one."""
+    """The facts of one run. parent_id: the run of its pipeline, if it has one; a trial's parent is none."""
 
     client: MlflowClient
     runs: ExperimentRuns

@@ -3,6 +3,8 @@
 from house import STAGES
 
 CONFIGURED = ("foveal.config", "foveal.errors", "foveal.redact", "foveal.renames", "foveal.strict_yaml")
+RUN_FACTS = ("foveal.runs.inputs", "foveal.runs.results", "foveal.tracking.tail")
+TRACKED = tuple(f"foveal.tracking.{name}" for name in ("exported", "mlflow_names", "store_errors", "tracker"))
 STAGE_CONFIGS = ("pretrain.config", "distill.config", "finetune.config")
 
 # room: (rooms it may enter, libraries it may bring). The longest name that fits a module is its room: a folder, or a
@@ -156,72 +158,33 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.tracking.tail": (("foveal.atomic", "foveal.errors", "foveal.renames", "foveal.tracking.tracker"), ()),
     "foveal.tracking.mlflow_names": (("foveal.tracking.tracker",), ()),
     "foveal.tracking.params": ((), ()),
-    "foveal.tracking.description": (
-        ("foveal.redact", "foveal.renames", "foveal.runs.inputs", "foveal.runs.results", "foveal.tracking.tail"),
-        (),
-    ),
+    "foveal.tracking.description": (("foveal.redact", "foveal.renames", *RUN_FACTS), ()),
     "foveal.tracking.exported": (
-        (
-            "foveal.atomic",
-            "foveal.errors",
-            "foveal.runs.results",
-            "foveal.tracking.mlflow_names",
-            "foveal.tracking.tail",
-            "foveal.tracking.tracker",
-        ),
+        ("foveal.atomic", "foveal.errors", *RUN_FACTS, "foveal.tracking.mlflow_names", "foveal.tracking.tracker"),
         (),
     ),
-    "foveal.tracking.sync_facts": (
-        (
-            "foveal.errors",
-            "foveal.runs.inputs",
-            "foveal.tracking.description",
-            "foveal.tracking.exported",
-            "foveal.tracking.store_errors",
-            "foveal.tracking.tail",
-            "foveal.tracking.tracker",
-        ),
-        (),
-    ),
+    "foveal.tracking.sync_facts": (("foveal.errors", *RUN_FACTS, *TRACKED, "foveal.tracking.description"), ()),
     "foveal.tracking.mlflow_status": ((), ("mlflow",)),
     "foveal.tracking.mlflow_runs": (("foveal.atomic", "foveal.redact", "foveal.tracking.tail"), ("mlflow",)),
-    "foveal.tracking.mlflow_models": (
-        (
-            "foveal.redact",
-            "foveal.tracking.exported",
-            "foveal.tracking.mlflow_names",
-            "foveal.tracking.store_errors",
-            "foveal.tracking.tracker",
-        ),
-        ("mlflow",),
-    ),
+    "foveal.tracking.mlflow_models": (("foveal.redact", *TRACKED), ("mlflow",)),
     "foveal.tracking.mlflow_facts": (
         (
-            "foveal.redact",
-            "foveal.runs.inputs",
-            "foveal.tracking.description",
-            "foveal.tracking.exported",
-            "foveal.tracking.mlflow_models",
-            "foveal.tracking.mlflow_names",
-            "foveal.tracking.mlflow_runs",
-            "foveal.tracking.mlflow_status",
-            "foveal.tracking.tracker",
+            *("foveal.redact", *RUN_FACTS, *TRACKED, "foveal.tracking.description"),
+            *("foveal.tracking.mlflow_models", "foveal.tracking.mlflow_runs", "foveal.tracking.mlflow_status"),
         ),
         ("mlflow",),
     ),
     "foveal.tracking.mlflow": (
         (
-            "foveal.redact",
-            "foveal.renames",
-            "foveal.tracking.mlflow_facts",
-            "foveal.tracking.mlflow_names",
-            "foveal.tracking.mlflow_runs",
-            "foveal.tracking.mlflow_status",
-            "foveal.tracking.params",
-            "foveal.tracking.sqlite_store",
-            "foveal.tracking.store_errors",
+            *(
+                "foveal.redact",
+                "foveal.renames",
+                *TRACKED,
+                "foveal.tracking.mlflow_facts",
+                "foveal.tracking.mlflow_runs",
+            ),
+            *("foveal.tracking.mlflow_status", "foveal.tracking.params", "foveal.tracking.sqlite_store"),
             "foveal.tracking.sync_facts",
-            "foveal.tracking.tracker",
         ),
         ("mlflow",),
     ),

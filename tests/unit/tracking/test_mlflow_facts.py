@@ -182,6 +182,16 @@ def test_stages_that_end_at_once(uri: str, client: MlflowClient, tmp_path: Path)
     assert {name.partition(".")[0] for name in stored(client, folder).data.metrics} == set(stages)
 
 
+def test_a_run_that_is_a_parent_keeps_its_own_state(uri: str, client: MlflowClient, tmp_path: Path) -> None:
+    outer = tmp_path / "p" / "finetune"
+    attempt(outer, uri, "saved-and-left")
+    (outer / "config.yaml").write_text("seed: 1")
+    attempt(outer / "trial", uri)
+    assert stored(client, outer).info.status == "SCHEDULED"
+    assert "Saved and left" in stored(client, outer).data.tags["mlflow.note.content"]
+    assert stored(client, outer / "trial").data.tags["mlflow.parentRunId"] == run_id(outer)
+
+
 def test_the_kind_of_an_experiment(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     kinds = {"mine": "genai_development", "guessed": "genai_development_inferred", "none": ""}
     for name, kind in kinds.items():
