@@ -87,20 +87,16 @@ def open_run(
         _log.log(logging.DEBUG if outer_run else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.record_end_and_release(end.reason, end.exit_code, end.step))
-        if outer_run is not None:
-            watchdog = outer_run.watchdog
-        else:
-            on_hang = partial(_record_hang, attempt, open_runs)
-            watchdog = stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
+        on_hang = partial(_record_hang, attempt, open_runs)
+        watchdog = outer_run.watchdog if outer_run else stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
         try:
             store = open_checkpoints(path, plan, world, attempt)
             plan = decide_auto_settings(plan, store, world)  # before anything reads the engine's settings
             saver = CheckpointSaver(store, is_superseded=attempt.poll_superseded, write_timeout_seconds=timeout / 2)
             meter = StragglerMeter(world.device, socket.gethostname())
             run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter)
-            run.outer_progress, run.outer_tracker = (
-                (outer_run.progress, outer_run.tracker) if outer_run else (None, None)
-            )
+            if outer_run:
+                run.outer_progress, run.outer_tracker = outer_run.progress, outer_run.tracker
             run.workers = stack.enter_context(open_workers(plan, world, outer_run))
             open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
