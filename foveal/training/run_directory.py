@@ -80,25 +80,23 @@ def open_run(
         yield None
         return
     plan = plan.with_fork(fork) if fork else plan
-    end, open_runs = _AttemptEnd(), list[Run]()
-    logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
+    end, open_runs, logs = _AttemptEnd(), list[Run](), path / "logs"
+    timeout = plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
         stack.enter_context(log_to_file(logs / f"rank-{world.rank:03d}.log"))
         _log.log(logging.DEBUG if outer_run else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.record_end_and_release(end.reason, end.exit_code, end.step))
-        if outer_run is not None:
-            watchdog = outer_run.watchdog
-        else:
-            on_hang = partial(_record_hang, attempt, open_runs)
-            watchdog = stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
+        on_hang = partial(_record_hang, attempt, open_runs)
+        watchdog = outer_run.watchdog if outer_run else stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
         try:
             store = open_checkpoints(path, plan, world, attempt)
             plan = decide_auto_settings(plan, store, world)  # before anything reads the engine's settings
             saver = CheckpointSaver(store, is_superseded=attempt.poll_superseded, write_timeout_seconds=timeout / 2)
             meter = StragglerMeter(world.device, socket.gethostname())
-            outer = () if outer_run is None else (outer_run.progress, outer_run.tracker)
-            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, *outer)
+            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter)
+            if outer_run:
+                run.outer_progress, run.outer_tracker = outer_run.progress, outer_run.tracker
             run.workers = stack.enter_context(open_workers(plan, world, outer_run))
             open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
