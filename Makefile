@@ -60,7 +60,7 @@ gpu: $(VENV)/.installed-test
 
 ui: $(VENV)/.installed
 	@[ -f runs/mlflow.db ] || { echo "make ui: nothing was run yet (no runs/mlflow.db); run make demo first" >&2; exit 2; }
-	@echo "http://127.0.0.1:$(PORT) in a few seconds; Ctrl-C ends it"
+	@echo "http://127.0.0.1:$(PORT) in a few seconds (choose Model training at the top left); Ctrl-C ends it"
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 check: $(VENV)/.installed-dev

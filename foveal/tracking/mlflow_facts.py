@@ -1,5 +1,4 @@
 """What MLflow 3 knows of a run beside its rows: data sets, models and versions of them, standard tags, the pipeline."""
-# ruff: noqa: TID251 - one of the files that hold MLflow's library
 
 import hashlib
 import json

@@ -1,5 +1,4 @@
 """Exports as MLflow's logged models, and as versions of a registered model."""
-# ruff: noqa: TID251 - one of the files that hold MLflow's library
 
 import json
 from collections.abc import Sequence

@@ -1,5 +1,4 @@
 """Which run of MLflow a folder goes on in: the note ``mlflow.json`` in it, and runs that are made anew."""
-# ruff: noqa: TID251 - one of the files that hold MLflow's library
 
 import contextlib
 import json

@@ -1,5 +1,4 @@
 """The states of runs in MLflow's words."""
-# ruff: noqa: TID251 - one of the files that hold MLflow's library
 
 from collections.abc import Sequence
 

@@ -77,7 +77,10 @@ def store(pipeline) -> dict[str, Any]:
         experiment = client.get_experiment_by_name("foveal")
         assert experiment is not None
         # A stage's run is called pipeline/stage.
-        found = {run.info.run_name.removeprefix("tiny/"): run for run in client.search_runs([experiment.experiment_id])}
+        found = {
+            (run.info.run_name or "").removeprefix("tiny/"): run
+            for run in client.search_runs([experiment.experiment_id])
+        }
     return {"client": client, "runs": found}
 
 

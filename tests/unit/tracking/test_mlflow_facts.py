@@ -87,22 +87,24 @@ def test_data_sets_models_and_their_chain(uri: str, client: MlflowClient, tmp_pa
         assert len(steps) == len(set(steps)), f"{name}: the model's metrics are the run's"
 
 
-def test_a_twin_of_a_lost_request(uri: str, client: MlflowClient, tmp_path: Path, monkeypatch) -> None:
-    """The answer to a request got lost; what it made is found, and of two made at once the oldest stays."""
-    run, create, lost = tmp_path / "p" / "run", MlflowClient.create_logged_model, [True]
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_twin(uri: str, client: MlflowClient, tmp_path: Path, monkeypatch, *, is_lost: bool) -> None:
+    """The answer to a request got lost: what it made is found. Another process makes a model at once: the oldest stays."""
+    run, create, made = tmp_path / "p" / "run", MlflowClient.create_logged_model, []
 
-    def lose(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
-        create(self, *args, **kwargs)
-        if lost.pop() if lost else False:
+    def twice(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+        made.append(create(self, *args, **kwargs).model_id)
+        if is_lost:
             raise ConnectionError("gone")
         return create(self, *args, **kwargs)
 
-    monkeypatch.setattr(MlflowClient, "create_logged_model", lose)
+    monkeypatch.setattr(MlflowClient, "create_logged_model", twice)
     attempt(run, uri)
     attempt(run, uri)
     mine = stored(client, run)
     models = client.search_logged_models([mine.info.experiment_id], f"source_run_id = '{mine.info.run_id}'")
-    assert [model.status for model in models] == [LoggedModelStatus.READY]
+    assert [(model.status, model.model_id) for model in models] == [(LoggedModelStatus.READY, made[0])]
+    assert mine.outputs and [output.model_id for output in mine.outputs.model_outputs] == made
 
 
 def test_versions_of_a_registered_model(uri: str, client: MlflowClient, tmp_path: Path) -> None:
