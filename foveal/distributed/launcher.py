@@ -170,5 +170,6 @@ def _is_single_node(launch_env: LaunchEnv) -> bool:
 
 def _candidate_ports(launch_id: dict[str, str]) -> list[int]:
     """Return ports from a hash of the launch (job, step, restart): two launches on one node seldom share a port."""
-    digest = hashlib.sha256(repr(sorted(launch_id.items())).encode()).digest()
-    return [_FIRST_PORT + int.from_bytes(digest[at : at + 2]) % _PORT_COUNT for at in range(0, 2 * _CANDIDATE_PORTS, 2)]
+    digest = hashlib.shake_256(repr(sorted(launch_id.items())).encode()).digest(8 * _CANDIDATE_PORTS)
+    drawn = (int.from_bytes(digest[at : at + 2]) % _PORT_COUNT for at in range(0, len(digest), 2))
+    return [_FIRST_PORT + port for port in list(dict.fromkeys(drawn))[:_CANDIDATE_PORTS]]

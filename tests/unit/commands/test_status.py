@@ -62,7 +62,7 @@ def test_a_run_under_way_is_told_in_80_columns(tmp_path: Path, capsys: pytest.Ca
     lines = said(capsys, run)
     lease.record_end_and_release("", 0)
     assert all(len(line) <= 80 for line in lines)
-    assert "".join(lines[:3]).startswith(f"{run} (pretrain)")
+    assert "".join(lines[:3]).replace(" ", "").startswith(f"{run}(pretrain)"), "a long path is wrapped"
     texts = labelled(lines)
     assert re.fullmatch(r"running for \d s, attempt 2, 2 ranks on \S+", texts["state"])
     assert texts["step"] == "40 of 100 (40%), epoch 4 of 10"

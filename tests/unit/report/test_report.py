@@ -201,7 +201,7 @@ def test_damaged_files_are_named_and_do_not_end_a_page(tmp_path: Path) -> None:
     (run / "evaluation.json").write_text('{"per_class": [3]}')
     (run / "fork.json").write_text("{}")
     (run / "finished.json").write_text(
-        '{"summary": [], "notes": 3, "seconds": "long", "total_seconds": null, "science": {}}'
+        '{"summary": {}, "notes": 3, "seconds": "long", "total_seconds": null, "science": {}}'
     )
     (run / "refused.jsonl").write_text('nonsense\n{"step": "x"}\n[]\n{"step": NaN}\n')
     (run / "stragglers.jsonl").write_text('{"step": 1}\n{"step": 1, "rank": "x", "step_seconds": "y"}\n')
