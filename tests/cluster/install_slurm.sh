@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install a real Slurm (controller, node daemon, commands, munge) and its accounting database on Debian or Ubuntu,
 # without starting or configuring any of it: tests/cluster/harness.py runs its own daemons from its own folder.
-# About 330 MB. Run as root; a second run finds everything there and changes nothing.
+# With it come a browser and PostgreSQL, for the tests of reports and of MLflow. About 1 GB. Run as root; a second run finds everything there and changes nothing.
 #
 #   sudo tests/cluster/install_slurm.sh
 set -euo pipefail
@@ -9,7 +9,7 @@ export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C DEBIAN_FRONTEND=noninteractive
 
 declare -A package_of=(
     [slurmctld]=slurmctld [slurmd]=slurmd [slurmdbd]=slurmdbd [sbatch]=slurm-client [munged]=munge
-    [mariadbd]=mariadb-server [unshare]=util-linux [ip]=iproute2
+    [mariadbd]=mariadb-server [chromium]=chromium [pg_ctlcluster]=postgresql [unshare]=util-linux [ip]=iproute2
 )
 missing=()
 for program in "${!package_of[@]}"; do
