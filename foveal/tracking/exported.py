@@ -49,7 +49,16 @@ class Export:
     @property
     def identity(self) -> str:
         """What tells an export from the one that replaces it: the sha256 of weights and head, and the step."""
-        return "-".join(filter(None, (self.sha256, self.card.get("head_sha256") or "", str(self.step))))
+        return "-".join(filter(None, (self.sha256, self._head_sha256, str(self.step))))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head has a file of its own, beside the encoder's."""
+        return bool(self._head_sha256)
+
+    @property
+    def _head_sha256(self) -> str:
+        return str(self.card.get("head_sha256") or "")
 
     @property
     def stage(self) -> str:

@@ -18,6 +18,7 @@ from foveal.atomic import write_json
 from foveal.runs.inputs import ModelInput
 from foveal.tracking import open_tracker
 from foveal.tracking.mlflow import MLflowRun
+from foveal.tracking.sync_facts import FactsSync
 from foveal.tracking.tracker import AttemptState, TrackingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -109,7 +110,7 @@ def test_a_twin(uri: str, client: MlflowClient, tmp_path: Path, monkeypatch, *, 
 
 def test_versions_of_a_registered_model(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     run, other = tmp_path / "p" / "one", tmp_path / "p" / "two"
-    for folder in (run, run, other):
+    for folder in (run, run, other, run):  # the last one is an older run that is delivered later
         attempt(folder, uri, register="digits", alias="champion", upload_models=True)
     versions = sorted(client.search_model_versions("name = 'digits'"), key=lambda version: int(version.version))
     assert [version.tags["sha256"] for version in versions] == ["one".ljust(64, "0"), "two".ljust(64, "0")]
@@ -120,6 +121,32 @@ def test_versions_of_a_registered_model(uri: str, client: MlflowClient, tmp_path
     assert outputs
     files = {file.path for file in client.list_logged_model_artifacts(outputs.model_outputs[0].model_id)}
     assert files == {"card.json", "README.md", "model.safetensors"}
+
+
+def test_a_head_on_the_same_encoder_is_a_version_of_its_own(uri: str, client: MlflowClient, tmp_path: Path) -> None:
+    """A frozen encoder has one file under two heads. A version that an older foveal made has no tag of the head."""
+    frozen = "f" * 64
+    for folder, head in (("a", "1" * 64), ("b", "2" * 64), ("a", "1" * 64)):
+        run = tmp_path / "p" / folder
+        attempt(run, uri)
+        write_export(run, frozen, head_sha256=head)
+        register(run, uri, "heads")
+    assert len(client.search_model_versions("name = 'heads'")) == 2
+    attempt(tmp_path / "p" / "c", uri, register="old")
+    (old,) = client.search_model_versions("name = 'old'")
+    client.delete_model_version_tag("old", old.version, "foveal.identity")
+    attempt(tmp_path / "p" / "c", uri, register="old")
+    assert len(client.search_model_versions("name = 'old'")) == 1
+    write_export(tmp_path / "p" / "c", "c".ljust(64, "0"), head_sha256="1" * 64)
+    register(tmp_path / "p" / "c", uri, "old")
+    assert len(client.search_model_versions("name = 'old'")) == 2
+
+
+def register(run: Path, uri: str, name: str) -> None:
+    """Deliver the exports of a run by hand, with registration."""
+    cfg = TrackingConfig(uri=uri, experiment="facts", register=name)
+    store = MLflowRun(cfg, run, run.parent, run.name)
+    FactsSync(run, cfg, "here").send_models(store.facts)
 
 
 def test_a_store_without_a_registry_says_so(
