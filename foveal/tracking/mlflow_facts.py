@@ -8,6 +8,7 @@ from typing import Any
 
 from mlflow.entities import Dataset, InputTag, LoggedModelInput, Metric, Run, RunTag
 from mlflow.entities import DatasetInput as MLflowDatasetInput
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
@@ -32,6 +33,7 @@ from foveal.tracking.mlflow_status import combine_statuses, set_status
 from foveal.tracking.tracker import MetricPoint
 
 _MAX_DIGEST, _MAX_SOURCE, _MAX_TAG = 36, 60_000, 480  # characters
+_UPLOAD_SECONDS = 600  # for a file of weights
 _MAX_STAGE_RESULTS = 8  # of a stage in its pipeline's run
 _DESCRIBED_TAG = "foveal.described"  # digest of the description that foveal has set
 _TAGS = {
@@ -129,7 +131,16 @@ class MLflowFacts:
         self._models.mark_replaced(model_id, by)
 
     def upload_weights(self, model_id: str, export: Export) -> None:
-        self.client.log_model_artifacts(model_id, str(export.folder))
+        """Upload all files of an export. A server that passes artifacts on answers after the last byte of a file."""
+        timeout = MLFLOW_HTTP_REQUEST_TIMEOUT.get_raw()
+        MLFLOW_HTTP_REQUEST_TIMEOUT.set(max(_UPLOAD_SECONDS, MLFLOW_HTTP_REQUEST_TIMEOUT.get()))
+        try:
+            self.client.log_model_artifacts(model_id, str(export.folder))
+        finally:
+            if timeout is None:
+                MLFLOW_HTTP_REQUEST_TIMEOUT.unset()
+            else:
+                MLFLOW_HTTP_REQUEST_TIMEOUT.set(timeout)
 
     def register_model(self, model_id: str, export: Export, name: str, alias: str | None) -> None:
         self._models.register(model_id, export, name, alias)

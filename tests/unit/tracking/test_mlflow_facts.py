@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,16 @@ def test_a_twin(uri: str, client: MlflowClient, tmp_path: Path, monkeypatch, *, 
     models = client.search_logged_models([mine.info.experiment_id], f"source_run_id = '{mine.info.run_id}'")
     assert [(model.status, model.model_id) for model in models] == [(LoggedModelStatus.READY, made[0])]
     assert mine.outputs and [output.model_id for output in mine.outputs.model_outputs] == made
+
+
+def test_an_upload_of_weights_has_time(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    monkeypatch.setattr(
+        MlflowClient, "log_model_artifacts", lambda *_: seen.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+    )
+    attempt(tmp_path / "p" / "run", uri, upload_models=True)
+    assert (seen, os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) == (["600"], "10")
 
 
 def test_versions_of_a_registered_model(uri: str, client: MlflowClient, tmp_path: Path) -> None:
