@@ -107,14 +107,18 @@ class MLflowFacts:
         parent = self.client.get_run(self.parent_id)
         if missing := [point for point in points if parent.data.metrics.get(point.key) != point.value]:
             self.client.log_batch(self.parent_id, metrics=missing, synchronous=True)
+        # The stages of a pipeline may have settings of their own, and with them another experiment.
+        own = self.client.get_run(self.run_id).info.experiment_id
+        experiments = sorted({self.runs.experiment, own, parent.info.experiment_id})
         for _ in range(3):
-            stages = self._list_stages()
+            if not (stages := self._list_stages(experiments)):
+                return
             status = combine_statuses(stages)
             ends = [run.info.end_time or 0 for run in stages]
             set_status(
                 self.client, self.parent_id, status, None if status == "RUNNING" else max(ends, default=0) or None
             )
-            if combine_statuses(self._list_stages()) == status:
+            if combine_statuses(self._list_stages(experiments)) == status:
                 break
         self._set_description(self.parent_id, _describe_pipeline(stages))
 
@@ -145,10 +149,10 @@ class MLflowFacts:
     def register_model(self, model_id: str, export: Export, name: str, alias: str | None) -> None:
         self._models.register(model_id, export, name, alias)
 
-    def _list_stages(self) -> list[Run]:
+    def _list_stages(self, experiments: list[str]) -> list[Run]:
         assert self.parent_id is not None
         found = self.client.search_runs(
-            [self.runs.experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'", max_results=1000
+            experiments, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'", max_results=1000
         )
         return list(found)
 

@@ -211,6 +211,35 @@ def test_the_state_of_a_pipeline(uri: str, client: MlflowClient, tmp_path: Path)
 _RESULTS = {"": 0.5, "holdout.": 0.25}
 
 
+def test_a_pipeline_in_another_experiment_than_an_attempts_settings(
+    uri: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    """Runs stay in the experiment in which they began. A folder with somebody's config.yaml is a pipeline still."""
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    attempt(folder / "a", uri, "saved-and-left")
+    attempt(folder / "a", uri, experiment="elsewhere")
+    assert stored(client, folder).info.status == "FINISHED"
+    attempt(folder / "b", uri, "failed", experiment="elsewhere")
+    assert stored(client, folder).info.status == "FAILED"
+    client.delete_run(run_id(folder / "a"))
+    client.delete_run(run_id(folder / "b"))
+    facts = MLflowRun(TrackingConfig(uri=uri, experiment="facts"), folder / "c", folder, "c").facts
+    client.delete_run(run_id(folder / "c"))
+    facts.update_pipeline({}, (0, 0))
+    assert stored(client, folder).info.status == "FAILED", "nothing is there that says another state"
+
+
+def test_a_pipeline_that_is_made_anew_has_its_stages(uri: str, client: MlflowClient, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    attempt(folder / "a", uri, "saved-and-left")
+    client.delete_run(run_id(folder))
+    attempt(folder / "a", uri)
+    assert stored(client, folder / "a").data.tags["mlflow.parentRunId"] == run_id(folder)
+    assert stored(client, folder).info.status == "FINISHED"
+
+
 def test_stages_that_end_at_once(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     folder, stages = tmp_path / "pipeline", ("a", "b", "c")
     threads = [threading.Thread(target=attempt, args=(folder / stage, uri)) for stage in stages]
@@ -225,7 +254,7 @@ def test_stages_that_end_at_once(uri: str, client: MlflowClient, tmp_path: Path)
 def test_a_run_that_is_a_parent_keeps_its_own_state(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     outer = tmp_path / "p" / "finetune"
     attempt(outer, uri, "saved-and-left")
-    (outer / "config.yaml").write_text("seed: 1")
+    (outer / "science.json").write_text("{}")
     attempt(outer / "trial", uri)
     assert stored(client, outer).info.status == "SCHEDULED"
     assert "Saved and left" in stored(client, outer).data.tags["mlflow.note.content"]

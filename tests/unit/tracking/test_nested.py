@@ -281,7 +281,7 @@ def test_in_mlflow_trials_are_children_and_leave_the_outer_runs_state_alone(tmp_
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     outer, _ = open_tracker(tmp_path / "run", TrackingConfig(uri=uri), None, 0)
     outer.log_settings({}, {})
-    (tmp_path / "run" / "config.yaml").write_text("")  # a run has one, a pipeline has none
+    (tmp_path / "run" / "science.json").write_text("{}")  # a run has one, a pipeline has none
     folder = tmp_path / "run" / "trials" / "<b>ä"
     trial, _ = open_tracker(folder, TrackingConfig(uri=None), None, 0, outer_tracker=outer)
     trial.log_settings({"seed": 1}, {})
