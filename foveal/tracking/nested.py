@@ -8,18 +8,15 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from foveal.atomic import write_json
 from foveal.errors import FovealError
-from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.sync import MetricsFileReplaced, RemoteRun, RunSync
 from foveal.tracking.sync_facts import FactsSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty, read_step_rows
-from foveal.tracking.tracker import AttemptState, MetricRow, Tracker
-from foveal.tracking.uploader import Uploader, UploadingTracker
 
 NESTED_FOLDERS = ("trials", "folds")
 _DELIVERED = "nested-delivered.json"
@@ -246,58 +243,6 @@ class SyncWithNested(RunSync):
         except FovealError:
             note = {}
         return note if note.get("run_id") == run_id and "runs" in note else {"run_id": run_id, "runs": {}}
-
-
-class OuterTracker(UploadingTracker):
-    """The tracker of a run whose uploader also delivers its nested runs."""
-
-    def __init__(self, jsonl_tracker: JsonlTracker, uploader: Uploader, sync: SyncWithNested) -> None:
-        super().__init__(jsonl_tracker, uploader)
-        self.uploader, self.sync = uploader, sync
-
-    def add_nested(self, folder: Path, jsonl_tracker: JsonlTracker) -> Tracker:
-        """Return the tracker of a nested run that begins."""
-        return NestedTracker(folder, jsonl_tracker, self)
-
-
-class NestedTracker:
-    """Writes to a nested run's directory and wakes the outer run's uploader; it waits for nothing."""
-
-    def __init__(self, folder: Path, jsonl_tracker: JsonlTracker, outer: OuterTracker) -> None:
-        self._folder, self._jsonl_tracker, self._outer = folder, jsonl_tracker, outer
-        self._sync = outer.sync.add_live(folder, jsonl_tracker.open_tail())
-
-    def log_settings(self, settings: dict[str, Any], tags: dict[str, str], changed: Sequence[str] = ()) -> None:
-        self._jsonl_tracker.log_settings(settings, tags, changed)
-        self._outer.uploader.notify()
-
-    def log_rows(self, rows: Sequence[MetricRow]) -> None:
-        self._jsonl_tracker.log_rows(rows)
-        self._outer.uploader.notify()
-
-    def log_results_once(self, results: MetricRow, step: int) -> None:
-        self._jsonl_tracker.log_results_once(results, step)
-        self._outer.uploader.notify()
-
-    def log_file(self, path: Path) -> None:
-        self._sync.queue_file(path)
-        self._outer.uploader.notify()
-
-    def rewind(self, to_step: int) -> None:
-        self._jsonl_tracker.rewind(to_step)
-        self._sync.on_rewind()
-        self._outer.uploader.notify()
-
-    def skip_flush(self) -> None:
-        """Let the outer run's end not wait either: both leave for the same reason."""
-        self._outer.skip_flush()
-
-    def close(self, state: AttemptState, reason: str = "") -> None:
-        try:
-            self._jsonl_tracker.close(state, reason)
-        finally:
-            self._outer.sync.end_live(self._folder)
-            self._outer.uploader.notify()
 
 
 def list_nested(run_dir: Path, without: Collection[Path] = ()) -> list[Path]:

@@ -18,7 +18,8 @@ from foveal.commands.track import sync
 from foveal.errors import ConfigError
 from foveal.tracking import nested, open_tracker, uploader
 from foveal.tracking.jsonl import JsonlTracker
-from foveal.tracking.nested import NestedTracker, OuterTracker, SyncWithNested, list_nested
+from foveal.tracking.nested import SyncWithNested, list_nested
+from foveal.tracking.nested_tracker import NestedTracker, OuterTracker
 from foveal.tracking.sync import MetricsFileReplaced, RemoteRun, RunSync
 from foveal.tracking.tail import MetricsTail
 from foveal.tracking.tracker import TrackingConfig
