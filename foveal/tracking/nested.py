@@ -63,6 +63,7 @@ class SyncWithNested(RunSync):
             self._open[folder] = sync
             self._live.add(folder)
             self._done.discard(folder)
+            self.given_up.discard(folder)
             self._rows_done.discard(folder)
         return sync
 
@@ -73,7 +74,7 @@ class SyncWithNested(RunSync):
 
     def upload_rows_and_tags(self) -> None:
         """Upload settings, tags and rows. Raises: as ``RunSync``, after which ``reset_connection`` is due."""
-        super().upload_rows_and_tags()
+        self._upload_rows()
         self._close_retired()
         self._learn_delivered()
         for folder in self._list_pending():
@@ -84,6 +85,7 @@ class SyncWithNested(RunSync):
                 if sync is not None and has_ended and self._open.get(folder) is sync:  # no new attempt has begun
                     self._rows_done.add(folder)
             self._close_idle()
+        self._send_run_facts()
 
     def upload_files(self, *, final: bool) -> None:
         """Upload files. Raises: as ``upload_rows_and_tags``."""
@@ -143,6 +145,7 @@ class SyncWithNested(RunSync):
             with self._lock:
                 self._noted_run_id, self._done = run_id, delivered - self._live
                 self._rows_done.clear()
+                self.given_up.clear()
 
     def _list_pending(self) -> list[Path]:
         """Return the runs with something to deliver: those under way first, then the newest ones."""
@@ -157,22 +160,32 @@ class SyncWithNested(RunSync):
 
         None: not delivered. A folder that cannot be read is given up.
         """
-        sync = None
-        try:
-            sync, has_ended = self._open_sync(folder)
-            upload(sync)
-        except MetricsFileReplaced:  # by another attempt, which is opened in the next round
-            if sync is not None:
+        for is_again in (False, True):
+            sync = None
+            try:
+                sync, has_ended = self._open_sync(folder)
+                if is_again:
+                    sync.upload_rows_and_tags()
+                upload(sync)
+            except MetricsFileReplaced:  # by another attempt, which is opened now: a run that ends has no next round
                 self._forget(folder, sync, for_good=False)
-        except FovealError as error:
-            _log.warning("tracking: %s is not delivered: %s", folder, error)
-            self._forget(folder, sync, for_good=True)
-        else:
-            return sync, has_ended
+                with self._lock:
+                    self._rows_done.discard(folder)
+            except FovealError as error:
+                _log.warning("tracking: %s is not delivered: %s", folder, error)
+                self._forget(folder, sync, for_good=True)
+                self.given_up.add(folder)
+                break
+            else:
+                self.given_up.discard(folder)
+                return sync, has_ended
         return None, False
 
     def _open_sync(self, folder: Path) -> tuple[RunSync, bool]:
-        """Return the upload of a nested run, and whether the run has ended. Raises: FovealError if its rows cannot be read."""
+        """Return the upload of a nested run, and whether the run has ended.
+
+        Raises: FovealError if its rows cannot be read; OSError if they may be later, which is as if the store were out of reach.
+        """
         with self._lock:
             if folder in self._open:
                 return self._open[folder], folder not in self._live
@@ -181,7 +194,7 @@ class SyncWithNested(RunSync):
             for _ in read_step_rows(file):  # a damaged line is this run's, and no failure of the store
                 pass
             tail = MetricsTail(os.open(file, os.O_RDONLY), file)
-        except OSError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise FovealError(f"{file} cannot be read ({error.strerror})") from None
         sync = self._make_nested(folder, tail)
         sync.counts = self.counts
