@@ -13,7 +13,9 @@ from foveal.atomic import write_json
 from foveal.tracking import nested
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.nested import SyncWithNested
+from foveal.tracking.sync import RunSync
 from foveal.tracking.sync_facts import FactsSync
+from foveal.tracking.tail import MetricsTail
 from foveal.tracking.tracker import TrackingConfig
 
 
@@ -59,7 +61,7 @@ def test_a_trial_that_is_taken_over_before_its_rows_are_sent(
     others: list[JsonlTracker] = []
     make_nested = by_hand._make_nested
 
-    def take_over(folder: Path, tail: nested.MetricsTail) -> nested.RunSync:
+    def take_over(folder: Path, tail: MetricsTail) -> RunSync:
         if not others:
             others.append(JsonlTracker(folder, 2))
         return make_nested(folder, tail)
