@@ -1,5 +1,6 @@
 """`foveal track`: upload what a run's MLflow has not received."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ from foveal.tracking.sqlite_store import parse_sqlite_path
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, TrackingConfig
 from foveal.training.lease import list_attempts
+
+_log = logging.getLogger(__name__)
 
 app = typer.Typer(help="Tracking: sync.", no_args_is_help=True)
 
@@ -36,8 +39,12 @@ def sync(
     """
     tree, cfg = _read_tracking_config(run, uri)
     nested = list_nested(run)
-    for folder in (run, *nested):
-        _record_attempt_end(folder)
+    _record_attempt_end(run)
+    for folder in nested:
+        try:
+            _record_attempt_end(folder)
+        except CheckpointError as error:
+            _log.warning("%s: its end is not recorded: %s", folder, error)
     if not (run / "metrics.jsonl").exists():
         raise CheckpointError(f"{run} has no metrics.jsonl: the run has not begun")
     tail = MetricsTail(os.open(run / "metrics.jsonl", os.O_RDONLY), run / "metrics.jsonl")
@@ -52,6 +59,8 @@ def sync(
     typer.echo(
         f"{run}{inner}: {counts.rows_sent:,} rows and {counts.files_sent:,} files delivered, {counts.rows_already_stored:,} rows were there"
     )
+    if given_up := sorted(map(str, uploader.sync.given_up)):
+        raise FovealError(f"{len(given_up)} runs in {run} were not delivered (see above): {', '.join(given_up)}")
 
 
 def _read_tracking_config(run: Path, uri: str | None) -> tuple[dict[str, Any], TrackingConfig]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from foveal.atomic import write_json
 from foveal.redact import redact
 from foveal.tracking.jsonl import JsonlTracker
-from foveal.tracking.nested import OuterTracker, SyncWithNested
+from foveal.tracking.nested import SyncWithNested
+from foveal.tracking.nested_tracker import OuterTracker
 from foveal.tracking.sqlite_store import parse_sqlite_path, resolve_store_of_run
 from foveal.tracking.sync import RemoteRun, RunSync
 from foveal.tracking.sync_facts import FactsSync

@@ -49,7 +49,16 @@ class Export:
     @property
     def identity(self) -> str:
         """What tells an export from the one that replaces it: the sha256 of weights and head, and the step."""
-        return "-".join(filter(None, (self.sha256, self.card.get("head_sha256") or "", str(self.step))))
+        return "-".join(filter(None, (self.sha256, self._head_sha256, str(self.step))))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head has a file of its own, beside the encoder's."""
+        return bool(self._head_sha256)
+
+    @property
+    def _head_sha256(self) -> str:
+        return str(self.card.get("head_sha256") or "")
 
     @property
     def stage(self) -> str:
@@ -97,12 +106,14 @@ class Export:
 
 
 def list_exports(run_dir: Path) -> list[Export]:
-    """Return the exports of a run; one whose card cannot be read, or is gone by then, is left out."""
+    """Return the exports of a run; one whose card cannot be read or is no card, or is gone by then, is left out."""
     exports = []
     for file in sorted((run_dir / "export").rglob("card.json")):
         if not file.parent.name.startswith("."):  # the draft of one that is being written
-            with contextlib.suppress(OSError, CheckpointError):
-                exports.append(Export(file.parent.relative_to(run_dir).as_posix(), file.parent, read_json(file)))
+            with contextlib.suppress(OSError, CheckpointError, ValueError, TypeError, AttributeError):
+                export = Export(file.parent.relative_to(run_dir).as_posix(), file.parent, read_json(file))
+                _ = export.identity, export.facts  # raises for a card with values of other types
+                exports.append(export)
     return exports
 
 

@@ -71,12 +71,19 @@ class MLflowRun:
             else runs.resume_or_create_run(parent, parent.name, {CREATION_TAG: f"{creation_token}.pipeline"})
         )
         # A run that contains others has a state and results of its own, which none of them sets.
-        is_nested = parent is not None and (parent / "config.yaml").exists()
+        is_nested = parent is not None and (parent / "science.json").exists()
         parent_tag = {} if parent_id is None else {MLFLOW_PARENT_RUN_ID: parent_id}
         run_name = run_dir.resolve().name if is_nested else name_run(run_dir.resolve(), parent)
         self.run_id = runs.resume_or_create_run(run_dir, run_name, {CREATION_TAG: creation_token, **parent_tag})
+        if parent_id is not None:
+            self._follow_parent(parent_id)
         pipeline_id = None if is_nested else parent_id
         self.facts: RemoteFacts = MLflowFacts(self._client, runs, self.run_id, pipeline_id, run_name)
+
+    def _follow_parent(self, parent_id: str) -> None:
+        """Put the run below its parent, which has a new run after somebody has deleted its first one."""
+        if self._client.get_run(self.run_id).data.tags.get(MLFLOW_PARENT_RUN_ID) != parent_id:
+            self._client.set_tag(self.run_id, MLFLOW_PARENT_RUN_ID, parent_id)
 
     def get_latest_steps(self) -> dict[str, int]:
         data = self._client.get_run(self.run_id).data

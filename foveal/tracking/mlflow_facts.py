@@ -8,6 +8,7 @@ from typing import Any
 
 from mlflow.entities import Dataset, InputTag, LoggedModelInput, Metric, Run, RunTag
 from mlflow.entities import DatasetInput as MLflowDatasetInput
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
@@ -32,6 +33,7 @@ from foveal.tracking.mlflow_status import combine_statuses, set_status
 from foveal.tracking.tracker import MetricPoint
 
 _MAX_DIGEST, _MAX_SOURCE, _MAX_TAG = 36, 60_000, 480  # characters
+_UPLOAD_SECONDS = 600  # for a file of weights
 _MAX_STAGE_RESULTS = 8  # of a stage in its pipeline's run
 _DESCRIBED_TAG = "foveal.described"  # digest of the description that foveal has set
 _TAGS = {
@@ -105,14 +107,18 @@ class MLflowFacts:
         parent = self.client.get_run(self.parent_id)
         if missing := [point for point in points if parent.data.metrics.get(point.key) != point.value]:
             self.client.log_batch(self.parent_id, metrics=missing, synchronous=True)
+        # The stages of a pipeline may have settings of their own, and with them another experiment.
+        own = self.client.get_run(self.run_id).info.experiment_id
+        experiments = sorted({self.runs.experiment, own, parent.info.experiment_id})
         for _ in range(3):
-            stages = self._list_stages()
+            if not (stages := self._list_stages(experiments)):
+                return
             status = combine_statuses(stages)
             ends = [run.info.end_time or 0 for run in stages]
             set_status(
                 self.client, self.parent_id, status, None if status == "RUNNING" else max(ends, default=0) or None
             )
-            if combine_statuses(self._list_stages()) == status:
+            if combine_statuses(self._list_stages(experiments)) == status:
                 break
         self._set_description(self.parent_id, _describe_pipeline(stages))
 
@@ -129,15 +135,24 @@ class MLflowFacts:
         self._models.mark_replaced(model_id, by)
 
     def upload_weights(self, model_id: str, export: Export) -> None:
-        self.client.log_model_artifacts(model_id, str(export.folder))
+        """Upload all files of an export. A server that passes artifacts on answers after the last byte of a file."""
+        timeout = MLFLOW_HTTP_REQUEST_TIMEOUT.get_raw()
+        MLFLOW_HTTP_REQUEST_TIMEOUT.set(max(_UPLOAD_SECONDS, MLFLOW_HTTP_REQUEST_TIMEOUT.get()))
+        try:
+            self.client.log_model_artifacts(model_id, str(export.folder))
+        finally:
+            if timeout is None:
+                MLFLOW_HTTP_REQUEST_TIMEOUT.unset()
+            else:
+                MLFLOW_HTTP_REQUEST_TIMEOUT.set(timeout)
 
     def register_model(self, model_id: str, export: Export, name: str, alias: str | None) -> None:
         self._models.register(model_id, export, name, alias)
 
-    def _list_stages(self) -> list[Run]:
+    def _list_stages(self, experiments: list[str]) -> list[Run]:
         assert self.parent_id is not None
         found = self.client.search_runs(
-            [self.runs.experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'", max_results=1000
+            experiments, f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'", max_results=1000
         )
         return list(found)
 

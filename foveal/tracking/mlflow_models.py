@@ -79,8 +79,9 @@ class ExportModels:
         self.client.set_logged_model_tags(model_id, {"foveal.replaced_by": by})
 
     def register(self, model_id: str, export: Export, name: str, alias: str | None) -> None:
-        """Make a version of a registered model, one for each sha256, and set the alias.
+        """Make a version of a registered model, one for each export, and set the alias.
 
+        An alias that a newer version has stays there: an older run may be delivered later.
         Raises: StoreRefusedError if the store has no registry.
         """
         try:
@@ -92,7 +93,8 @@ class ExportModels:
                 ) from None
             raise
         self._link_version(model_id, name, str(version.version))
-        if alias is not None and alias not in (version.aliases or ()):
+        holder = None if alias is None else self.client.get_registered_model(name).aliases.get(alias)
+        if alias is not None and (holder is None or int(holder) < int(version.version)):
             self.client.set_registered_model_alias(name, alias, str(version.version))
 
     def _link_version(self, model_id: str, name: str, version: str) -> None:
@@ -111,13 +113,16 @@ class ExportModels:
         return sorted(models, key=lambda model: (model.creation_timestamp, model.model_id))
 
     def _find_version(self, name: str, export: Export) -> ModelVersion | None:
+        """Return the oldest version of an export. Those of an older foveal have no tag of the head."""
         quoted = name.replace("'", "''")
         versions = self.client.search_model_versions(f"name = '{quoted}'", max_results=1000)
-        same = [version for version in versions if version.tags.get("sha256") == export.sha256]
-        if not same:
-            return None
-        oldest = min(same, key=lambda version: int(version.version))
-        return self.client.get_model_version(name, str(oldest.version))  # a search has no aliases
+        same = [
+            version
+            for version in versions
+            if version.tags.get(_IDENTITY) == export.identity
+            or (_IDENTITY not in version.tags and not export.has_head and version.tags.get("sha256") == export.sha256)
+        ]
+        return min(same, key=lambda version: int(version.version), default=None)
 
     def _create_version(self, model_id: str, export: Export, name: str) -> ModelVersion:
         try:
@@ -130,7 +135,12 @@ class ExportModels:
             # Not models:/ID: a store without a server would look that up where MLFLOW_TRACKING_URI leads.
             source=str(self.client.get_logged_model(model_id).artifact_location),
             run_id=self.run_id,
-            tags={"stage": export.stage, "sha256": export.sha256, "step": str(export.step)},
+            tags={
+                _IDENTITY: export.identity,
+                "stage": export.stage,
+                "sha256": export.sha256,
+                "step": str(export.step),
+            },
             description=redact(export.read_description())[:_MAX_DESCRIPTION],
             await_creation_for=0,
             model_id=model_id,

@@ -8,18 +8,15 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from foveal.atomic import write_json
 from foveal.errors import FovealError
-from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.sync import MetricsFileReplaced, RemoteRun, RunSync
 from foveal.tracking.sync_facts import FactsSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty, read_step_rows
-from foveal.tracking.tracker import AttemptState, MetricRow, Tracker
-from foveal.tracking.uploader import Uploader, UploadingTracker
 
 NESTED_FOLDERS = ("trials", "folds")
 _DELIVERED = "nested-delivered.json"
@@ -66,6 +63,7 @@ class SyncWithNested(RunSync):
             self._open[folder] = sync
             self._live.add(folder)
             self._done.discard(folder)
+            self.given_up.discard(folder)
             self._rows_done.discard(folder)
         return sync
 
@@ -76,7 +74,7 @@ class SyncWithNested(RunSync):
 
     def upload_rows_and_tags(self) -> None:
         """Upload settings, tags and rows. Raises: as ``RunSync``, after which ``reset_connection`` is due."""
-        super().upload_rows_and_tags()
+        self._upload_rows()
         self._close_retired()
         self._learn_delivered()
         for folder in self._list_pending():
@@ -87,6 +85,7 @@ class SyncWithNested(RunSync):
                 if sync is not None and has_ended and self._open.get(folder) is sync:  # no new attempt has begun
                     self._rows_done.add(folder)
             self._close_idle()
+        self._send_run_facts()
 
     def upload_files(self, *, final: bool) -> None:
         """Upload files. Raises: as ``upload_rows_and_tags``."""
@@ -146,6 +145,7 @@ class SyncWithNested(RunSync):
             with self._lock:
                 self._noted_run_id, self._done = run_id, delivered - self._live
                 self._rows_done.clear()
+                self.given_up.clear()
 
     def _list_pending(self) -> list[Path]:
         """Return the runs with something to deliver: those under way first, then the newest ones."""
@@ -160,22 +160,32 @@ class SyncWithNested(RunSync):
 
         None: not delivered. A folder that cannot be read is given up.
         """
-        sync = None
-        try:
-            sync, has_ended = self._open_sync(folder)
-            upload(sync)
-        except MetricsFileReplaced:  # by another attempt, which is opened in the next round
-            if sync is not None:
+        for is_again in (False, True):
+            sync = None
+            try:
+                sync, has_ended = self._open_sync(folder)
+                if is_again:
+                    sync.upload_rows_and_tags()
+                upload(sync)
+            except MetricsFileReplaced:  # by another attempt, which is opened now: a run that ends has no next round
                 self._forget(folder, sync, for_good=False)
-        except FovealError as error:
-            _log.warning("tracking: %s is not delivered: %s", folder, error)
-            self._forget(folder, sync, for_good=True)
-        else:
-            return sync, has_ended
+                with self._lock:
+                    self._rows_done.discard(folder)
+            except FovealError as error:
+                _log.warning("tracking: %s is not delivered: %s", folder, error)
+                self._forget(folder, sync, for_good=True)
+                self.given_up.add(folder)
+                break
+            else:
+                self.given_up.discard(folder)
+                return sync, has_ended
         return None, False
 
     def _open_sync(self, folder: Path) -> tuple[RunSync, bool]:
-        """Return the upload of a nested run, and whether the run has ended. Raises: FovealError if its rows cannot be read."""
+        """Return the upload of a nested run, and whether the run has ended.
+
+        Raises: FovealError if its rows cannot be read; OSError if they may be later, which is as if the store were out of reach.
+        """
         with self._lock:
             if folder in self._open:
                 return self._open[folder], folder not in self._live
@@ -184,7 +194,7 @@ class SyncWithNested(RunSync):
             for _ in read_step_rows(file):  # a damaged line is this run's, and no failure of the store
                 pass
             tail = MetricsTail(os.open(file, os.O_RDONLY), file)
-        except OSError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise FovealError(f"{file} cannot be read ({error.strerror})") from None
         sync = self._make_nested(folder, tail)
         sync.counts = self.counts
@@ -246,58 +256,6 @@ class SyncWithNested(RunSync):
         except FovealError:
             note = {}
         return note if note.get("run_id") == run_id and "runs" in note else {"run_id": run_id, "runs": {}}
-
-
-class OuterTracker(UploadingTracker):
-    """The tracker of a run whose uploader also delivers its nested runs."""
-
-    def __init__(self, jsonl_tracker: JsonlTracker, uploader: Uploader, sync: SyncWithNested) -> None:
-        super().__init__(jsonl_tracker, uploader)
-        self.uploader, self.sync = uploader, sync
-
-    def add_nested(self, folder: Path, jsonl_tracker: JsonlTracker) -> Tracker:
-        """Return the tracker of a nested run that begins."""
-        return NestedTracker(folder, jsonl_tracker, self)
-
-
-class NestedTracker:
-    """Writes to a nested run's directory and wakes the outer run's uploader; it waits for nothing."""
-
-    def __init__(self, folder: Path, jsonl_tracker: JsonlTracker, outer: OuterTracker) -> None:
-        self._folder, self._jsonl_tracker, self._outer = folder, jsonl_tracker, outer
-        self._sync = outer.sync.add_live(folder, jsonl_tracker.open_tail())
-
-    def log_settings(self, settings: dict[str, Any], tags: dict[str, str], changed: Sequence[str] = ()) -> None:
-        self._jsonl_tracker.log_settings(settings, tags, changed)
-        self._outer.uploader.notify()
-
-    def log_rows(self, rows: Sequence[MetricRow]) -> None:
-        self._jsonl_tracker.log_rows(rows)
-        self._outer.uploader.notify()
-
-    def log_results_once(self, results: MetricRow, step: int) -> None:
-        self._jsonl_tracker.log_results_once(results, step)
-        self._outer.uploader.notify()
-
-    def log_file(self, path: Path) -> None:
-        self._sync.queue_file(path)
-        self._outer.uploader.notify()
-
-    def rewind(self, to_step: int) -> None:
-        self._jsonl_tracker.rewind(to_step)
-        self._sync.on_rewind()
-        self._outer.uploader.notify()
-
-    def skip_flush(self) -> None:
-        """Let the outer run's end not wait either: both leave for the same reason."""
-        self._outer.skip_flush()
-
-    def close(self, state: AttemptState, reason: str = "") -> None:
-        try:
-            self._jsonl_tracker.close(state, reason)
-        finally:
-            self._outer.sync.end_live(self._folder)
-            self._outer.uploader.notify()
 
 
 def list_nested(run_dir: Path, without: Collection[Path] = ()) -> list[Path]:

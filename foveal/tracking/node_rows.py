@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from foveal.tracking.tracker import MetricPoint
 
-MAX_NODES = 64  # whose metrics go to a store: its page of a run shows every metric; nodes.jsonl has all
+MAX_NODES = 64  # whose metrics go to a store at a time: its page of a run shows every metric; nodes.jsonl has all
+_SILENT_MS = 600_000  # a node makes room for another after it: a requeued run goes on on other nodes
 MAX_POINTS = 1000  # per request: MLflow's limit
 PREFIX = "system/"
 _FACTS = ("step", "time", "node")
@@ -33,22 +34,22 @@ class NodeRows:
         self._file = run_dir / "nodes.jsonl"
         self._offset = 0
         self._run_id = ""
-        self._nodes: dict[str, None] = {}  # in the order of their first lines
+        self._nodes: dict[str, int] = {}  # milliseconds of their last points, by name
         self._latest_steps: Mapping[str, int] = {}
 
     def on_connected(self, run_id: str, latest_steps: Mapping[str, int]) -> None:
         """Learn what the store has of the run: the highest step of each metric."""
         if run_id != self._run_id:  # the first connection, or the store has lost the run
-            self._offset, self._run_id = 0, run_id
+            self._offset, self._run_id, self._nodes = 0, run_id, {}
         self._latest_steps = {name: step for name, step in latest_steps.items() if name.startswith(PREFIX)}
 
     def upload(self, store: PointStore) -> None:
         """Upload the new lines. Raises: whatever the store raises."""
         while lines := self._read_lines():
             points: list[MetricPoint] = []
-            num_bytes = 0
+            num_bytes, nodes = 0, dict(self._nodes)
             for line in lines:
-                new = find_missing_points(self._parse(line), self._latest_steps)
+                new = find_missing_points(_choose_points(list(parse_points(line)), nodes), self._latest_steps)
                 if points and len(points) + len(new) > MAX_POINTS:
                     break
                 points += new
@@ -56,13 +57,7 @@ class NodeRows:
             for start in range(0, len(points), MAX_POINTS):
                 store.log_points(points[start : start + MAX_POINTS])
             self._offset += num_bytes
-
-    def _parse(self, line: bytes) -> list[MetricPoint]:
-        points = list(parse_points(line))
-        node = points[0][0].split("/")[1] if points else ""
-        if node and len(self._nodes) < MAX_NODES:
-            self._nodes.setdefault(node)
-        return points if node in self._nodes else []
+            self._nodes = nodes
 
     def _read_lines(self) -> list[bytes]:
         """Return the next whole lines; none while there is no file, or none that can be read."""
@@ -73,6 +68,21 @@ class NodeRows:
         except OSError:
             return []
         return chunk[: chunk.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _choose_points(points: list[MetricPoint], nodes: dict[str, int]) -> list[MetricPoint]:
+    """Return a line's points and note its node; none if there are too many nodes already."""
+    if not points:
+        return []
+    name, _, milliseconds, _ = points[0]
+    node = name.split("/")[1]
+    if node not in nodes and len(nodes) >= MAX_NODES:
+        oldest = min(nodes, key=lambda other: nodes[other])
+        if milliseconds - nodes[oldest] <= _SILENT_MS:
+            return []
+        del nodes[oldest]
+    nodes[node] = max(milliseconds, nodes.get(node, milliseconds))
+    return points
 
 
 def parse_points(line: bytes) -> Iterator[MetricPoint]:

@@ -54,12 +54,20 @@ def explain_missing_feature(error: Exception) -> str | None:
 
     Older servers answer an unknown request with 404 or 501, and a store of files with an error of Python.
     """
-    if isinstance(error, NotImplementedError | AttributeError | TypeError):
+    if isinstance(error, AttributeError | TypeError) or _is_not_implemented(error):
         return f"this MLflow cannot do it ({summarize_error(error)})"
-    if any(word in f"{getattr(error, 'error_code', '')} {error}" for word in _NO_SUCH_FEATURE):
-        return f"this MLflow cannot do it ({summarize_error(error)})"
-    status = _http_status(error)
-    return summarize_error(error) if status in _NOT_IMPLEMENTED_HTTP else explain_refusal(error)
+    return summarize_error(error) if _http_status(error) in _NOT_IMPLEMENTED_HTTP else explain_refusal(error)
+
+
+def is_unknown_feature(error: Exception) -> bool:
+    """Whether a store knows no facts of this kind, rather than that it does not take this one."""
+    unknown = isinstance(error, StoreRefusedError) or _is_not_implemented(error)
+    return unknown or _http_status(error) in _NOT_IMPLEMENTED_HTTP
+
+
+def _is_not_implemented(error: Exception) -> bool:
+    text = f"{getattr(error, 'error_code', '')} {error}"
+    return isinstance(error, NotImplementedError) or any(word in text for word in _NO_SUCH_FEATURE)
 
 
 def _http_status(error: Any) -> int | None:

@@ -91,6 +91,7 @@ class RunSync:
         self, run_dir: Path, tail: MetricsTail, connect: Callable[[], RemoteRun], facts: FactsSync | None = None
     ) -> None:
         self.counts = SyncCounts()
+        self.given_up: set[Path] = set()  # nested runs that cannot be read
         self._facts_sync = facts
         self._run, self._tail, self._connect = run_dir, tail, connect
         self._store: RemoteRun | None = None
@@ -124,6 +125,10 @@ class RunSync:
 
         Raises: MetricsFileReplaced; whatever the store raises, after which ``reset_connection`` is due.
         """
+        self._upload_rows()
+        self._send_run_facts()
+
+    def _upload_rows(self) -> None:
         store = self._connect_once()
         if self._read_tags()["state"] == "running":
             self._send_facts(store)
@@ -141,9 +146,11 @@ class RunSync:
             self._tail.mark_delivered(batch)
         self._nodes.upload(store)
         self._send_facts(store)
+
+    def _send_run_facts(self) -> None:
+        """Send data sets, input models and so on: behind all rows, because a store may fail at one of them for long."""
         if self._facts_sync is not None:
-            self._check_not_replaced()
-            self._facts_sync.send_facts(store.facts)
+            self._facts_sync.send_facts(self._connect_once().facts)
 
     def upload_files(self, *, final: bool) -> None:
         """Upload files, with ``final`` also those that have grown only a little. Raises: as ``upload_rows_and_tags``."""

@@ -6,6 +6,7 @@ costs a line in the log. A failure that may pass is raised, and everything is tr
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +20,7 @@ from foveal.tracking.exported import (
     read_logged_exports,
     write_logged_export,
 )
-from foveal.tracking.store_errors import explain_missing_feature
+from foveal.tracking.store_errors import explain_missing_feature, is_unknown_feature
 from foveal.tracking.tail import read_json_or_empty
 from foveal.tracking.tracker import MetricPoint, TrackingConfig
 
@@ -113,17 +114,17 @@ class FactsSync:
         self._try("standard tags", lambda: store.describe(stage, tags, text))
         final = results if tags.get("state") == "finished" else {}
         at = _signature(self._run / "finished.json")
-        self._try("the state of a pipeline", lambda: store.update_pipeline(final, (at[0] // 10**6, 0)))
+        self._try("state of a pipeline", lambda: store.update_pipeline(final, (at[0] // 10**6, 0)))
         self._sent_signature = signature
 
     def send_models(self, store: RemoteFacts) -> None:
         """Send the exports that the store does not have as models, and register them once the run is finished."""
         files = sorted((self._run / "export").rglob("card.json"))
-        checked = [(file, *_signature(file)) for file in files], _signature(self._run / "finished.json")
+        checked = [(file, *_signature(file)) for file in files], _signature(self._run / "tags.json")
         if checked == self._checked_exports:
             return
         for export in list_exports(self._run):
-            self._try("models", lambda export=export: self._send_model(store, export))
+            self._try("models", lambda export=export: self._send_model(store, export), export.name)
         self._checked_exports = checked
 
     def _send_model(self, store: RemoteFacts, export: Export) -> None:
@@ -139,11 +140,12 @@ class FactsSync:
             entry = self._note(store, export, LoggedExport(**{**entry.__dict__, "is_complete": True}))
         assert entry is not None
         if self._cfg.upload_models and not entry.has_weights:
-            self._try("the weights of models", lambda: self._upload_weights(store, export, entry))
+            self._try("weights of models", lambda: self._upload_weights(store, export, entry), export.name)
         is_finished = read_json_or_empty(self._run / "tags.json").get("state") == "finished"
         if self._cfg.register is not None and is_finished:
-            name = _registered_name(self._cfg.register, export)
-            self._try("tracking.register", lambda: store.register_model(entry.model_id, export, name, self._cfg.alias))
+            name, alias = _registered_name(self._cfg.register, export), self._cfg.alias
+            register = partial(store.register_model, entry.model_id, export, name, alias)
+            self._try("tracking.register", register, export.name)
 
     def _upload_weights(self, store: RemoteFacts, export: Export, entry: LoggedExport) -> None:
         store.upload_weights(entry.model_id, export)
@@ -170,20 +172,26 @@ class FactsSync:
                 _log.warning("tracking: %s; %s gets the rest", error, self._store_name)
             return default
 
-    def _try(self, feature: str, send: Callable[[], None]) -> None:
-        """Send one fact. Raises: what ``send`` raised, unless the store does not take such facts."""
-        if feature in self._missing:
+    def _try(self, feature: str, send: Callable[[], None], export: str = "") -> None:
+        """Send one fact. export: the one that it is of; one that the store does not take stops no other.
+
+        Raises: what ``send`` raised, unless the store does not take such facts.
+        """
+        fact = f"{feature} ({export})" if export else feature
+        if not self._missing.isdisjoint((feature, fact)):
             return
         try:
             send()
         except Exception as error:
-            self._failures[feature] = self._failures.get(feature, 0) + 1
+            self._failures[fact] = self._failures.get(fact, 0) + 1
             reason = explain_missing_feature(error)
-            if reason is None and self._failures[feature] < _MAX_FAILURES:
+            if reason is None and self._failures[fact] < _MAX_FAILURES:
                 raise
-            self._warn(feature, reason or f"{type(error).__name__}, again and again")
+            self._warn(
+                feature if is_unknown_feature(error) else fact, reason or f"{type(error).__name__}, again and again"
+            )
         else:
-            self._failures.pop(feature, None)
+            self._failures.pop(fact, None)
 
     def _warn(self, feature: str, reason: str) -> None:
         if feature not in self._missing:

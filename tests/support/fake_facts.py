@@ -68,7 +68,7 @@ class KeptFacts:
 
     def register_model(self, model_id: str, export: Export, name: str, alias: str | None) -> None:
         self._call("register")
-        self.versions[f"{name} {export.sha256}"] = (model_id, alias)
+        self.versions[f"{name} {export.identity}"] = (model_id, alias)
 
     def _call(self, verb: str) -> None:
         self.calls.append(verb)
@@ -79,15 +79,15 @@ def dataset(role: str = "training", split: str = "train", digest: str = "d" * 64
     return DatasetInput(role, "digits", "data/digits", split, digest, 1437, 20, 10)  # type: ignore[arg-type]
 
 
-def write_export(run: Path, sha256: str = "a" * 64, step: int = 4, name: str = "export", **metrics: float) -> Path:
+def write_export(
+    run: Path, sha256: str = "a" * 64, step: int = 4, name: str = "export", head_sha256: str = "", **metrics: float
+) -> Path:
     """Write the card of an export, its model card and its weights."""
     folder = run / name
     folder.mkdir(parents=True, exist_ok=True)
     encoder = {"name": "vit_tiny_patch16_224", "width": 96}
-    write_json(
-        folder / "card.json",
-        {"stage": "pretrain", "step": step, "sha256": sha256, "metrics": metrics, "encoder": encoder},
-    )
+    card = {"stage": "pretrain", "step": step, "sha256": sha256, "metrics": metrics, "encoder": encoder}
+    write_json(folder / "card.json", card | ({"head_sha256": head_sha256} if head_sha256 else {}))
     (folder / "README.md").write_text("---\nlibrary_name: timm\n---\n\n# An encoder\n")
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder

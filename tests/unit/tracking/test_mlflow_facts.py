@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from foveal.atomic import write_json
 from foveal.runs.inputs import ModelInput
 from foveal.tracking import open_tracker
 from foveal.tracking.mlflow import MLflowRun
+from foveal.tracking.sync_facts import FactsSync
 from foveal.tracking.tracker import AttemptState, TrackingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -107,9 +109,19 @@ def test_a_twin(uri: str, client: MlflowClient, tmp_path: Path, monkeypatch, *, 
     assert mine.outputs and [output.model_id for output in mine.outputs.model_outputs] == made
 
 
+def test_an_upload_of_weights_has_time(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    monkeypatch.setattr(
+        MlflowClient, "log_model_artifacts", lambda *_: seen.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+    )
+    attempt(tmp_path / "p" / "run", uri, upload_models=True)
+    assert (seen, os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) == (["600"], "10")
+
+
 def test_versions_of_a_registered_model(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     run, other = tmp_path / "p" / "one", tmp_path / "p" / "two"
-    for folder in (run, run, other):
+    for folder in (run, run, other, run):  # the last one is an older run that is delivered later
         attempt(folder, uri, register="digits", alias="champion", upload_models=True)
     versions = sorted(client.search_model_versions("name = 'digits'"), key=lambda version: int(version.version))
     assert [version.tags["sha256"] for version in versions] == ["one".ljust(64, "0"), "two".ljust(64, "0")]
@@ -120,6 +132,32 @@ def test_versions_of_a_registered_model(uri: str, client: MlflowClient, tmp_path
     assert outputs
     files = {file.path for file in client.list_logged_model_artifacts(outputs.model_outputs[0].model_id)}
     assert files == {"card.json", "README.md", "model.safetensors"}
+
+
+def test_a_head_on_the_same_encoder_is_a_version_of_its_own(uri: str, client: MlflowClient, tmp_path: Path) -> None:
+    """A frozen encoder has one file under two heads. A version that an older foveal made has no tag of the head."""
+    frozen = "f" * 64
+    for folder, head in (("a", "1" * 64), ("b", "2" * 64), ("a", "1" * 64)):
+        run = tmp_path / "p" / folder
+        attempt(run, uri)
+        write_export(run, frozen, head_sha256=head)
+        register(run, uri, "heads")
+    assert len(client.search_model_versions("name = 'heads'")) == 2
+    attempt(tmp_path / "p" / "c", uri, register="old")
+    (old,) = client.search_model_versions("name = 'old'")
+    client.delete_model_version_tag("old", old.version, "foveal.identity")
+    attempt(tmp_path / "p" / "c", uri, register="old")
+    assert len(client.search_model_versions("name = 'old'")) == 1
+    write_export(tmp_path / "p" / "c", "c".ljust(64, "0"), head_sha256="1" * 64)
+    register(tmp_path / "p" / "c", uri, "old")
+    assert len(client.search_model_versions("name = 'old'")) == 2
+
+
+def register(run: Path, uri: str, name: str) -> None:
+    """Deliver the exports of a run by hand, with registration."""
+    cfg = TrackingConfig(uri=uri, experiment="facts", register=name)
+    store = MLflowRun(cfg, run, run.parent, run.name)
+    FactsSync(run, cfg, "here").send_models(store.facts)
 
 
 def test_a_store_without_a_registry_says_so(
@@ -173,6 +211,35 @@ def test_the_state_of_a_pipeline(uri: str, client: MlflowClient, tmp_path: Path)
 _RESULTS = {"": 0.5, "holdout.": 0.25}
 
 
+def test_a_pipeline_in_another_experiment_than_an_attempts_settings(
+    uri: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    """Runs stay in the experiment in which they began. A folder with somebody's config.yaml is a pipeline still."""
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    attempt(folder / "a", uri, "saved-and-left")
+    attempt(folder / "a", uri, experiment="elsewhere")
+    assert stored(client, folder).info.status == "FINISHED"
+    attempt(folder / "b", uri, "failed", experiment="elsewhere")
+    assert stored(client, folder).info.status == "FAILED"
+    client.delete_run(run_id(folder / "a"))
+    client.delete_run(run_id(folder / "b"))
+    facts = MLflowRun(TrackingConfig(uri=uri, experiment="facts"), folder / "c", folder, "c").facts
+    client.delete_run(run_id(folder / "c"))
+    facts.update_pipeline({}, (0, 0))
+    assert stored(client, folder).info.status == "FAILED", "nothing is there that says another state"
+
+
+def test_a_pipeline_that_is_made_anew_has_its_stages(uri: str, client: MlflowClient, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    attempt(folder / "a", uri, "saved-and-left")
+    client.delete_run(run_id(folder))
+    attempt(folder / "a", uri)
+    assert stored(client, folder / "a").data.tags["mlflow.parentRunId"] == run_id(folder)
+    assert stored(client, folder).info.status == "FINISHED"
+
+
 def test_stages_that_end_at_once(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     folder, stages = tmp_path / "pipeline", ("a", "b", "c")
     threads = [threading.Thread(target=attempt, args=(folder / stage, uri)) for stage in stages]
@@ -187,7 +254,7 @@ def test_stages_that_end_at_once(uri: str, client: MlflowClient, tmp_path: Path)
 def test_a_run_that_is_a_parent_keeps_its_own_state(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     outer = tmp_path / "p" / "finetune"
     attempt(outer, uri, "saved-and-left")
-    (outer / "config.yaml").write_text("seed: 1")
+    (outer / "science.json").write_text("{}")
     attempt(outer / "trial", uri)
     assert stored(client, outer).info.status == "SCHEDULED"
     assert "Saved and left" in stored(client, outer).data.tags["mlflow.note.content"]

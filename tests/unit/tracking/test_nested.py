@@ -2,14 +2,12 @@
 
 import json
 import logging
-import os
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_store import Kept
+from nested_stores import Stores, check_delivered, steps
 from points import in_jsonl, in_mlflow, row, run_id
 from uploads import WAIT, until
 
@@ -18,11 +16,10 @@ from foveal.commands.track import sync
 from foveal.errors import ConfigError
 from foveal.tracking import nested, open_tracker, uploader
 from foveal.tracking.jsonl import JsonlTracker
-from foveal.tracking.nested import NestedTracker, OuterTracker, SyncWithNested, list_nested
-from foveal.tracking.sync import MetricsFileReplaced, RemoteRun, RunSync
-from foveal.tracking.tail import MetricsTail
+from foveal.tracking.nested import list_nested
+from foveal.tracking.nested_tracker import NestedTracker, OuterTracker
+from foveal.tracking.sync import MetricsFileReplaced
 from foveal.tracking.tracker import TrackingConfig
-from foveal.tracking.uploader import Uploader
 
 
 @pytest.fixture(autouse=True)
@@ -30,47 +27,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     for name, seconds in {"_ROUND_SECONDS": 0.0, "_MIN_WAIT": 0.002, "_MAX_WAIT": 0.01}.items():
         monkeypatch.setattr(uploader, name, seconds)
     caplog.set_level(logging.INFO, "foveal")
-
-
-@dataclass
-class Stores:
-    """A store for each run directory, by its name; all fail alike."""
-
-    run: Path
-    by_name: dict[str, Kept] = field(default_factory=dict)
-    connections: list[str] = field(default_factory=list)
-    fail: Callable[[str], object] = lambda _: None
-    opened: list[JsonlTracker] = field(default_factory=list)
-
-    def of(self, name: str) -> Kept:
-        return self.by_name.setdefault(name, Kept())
-
-    def connect(self, folder: Path) -> Callable[[], RemoteRun]:
-        def connected() -> Kept:
-            self.connections.append(folder.name)
-            kept = self.of(folder.name)
-            kept.before = kept.after = self.fail
-            kept.run_id = folder.name
-            kept.connected()
-            if folder == self.run and not (folder / "mlflow.json").exists():
-                write_json(folder / "mlflow.json", {"run_id": "outer"})
-            return kept
-
-        return connected
-
-    def make_nested(self, folder: Path, tail: MetricsTail) -> RunSync:
-        return RunSync(folder, tail, self.connect(folder))
-
-    def begin(self, patience: float = WAIT) -> OuterTracker:
-        jsonl = JsonlTracker(self.run, 0)
-        self.opened.append(jsonl)
-        sync = SyncWithNested(self.run, jsonl.open_tail(), self.connect(self.run), None, self.make_nested)
-        return OuterTracker(jsonl, Uploader(sync, self.run, "here", patience), sync)
-
-    def sync_by_hand(self) -> SyncWithNested:
-        file = self.run / "metrics.jsonl"
-        tail = MetricsTail(os.open(file, os.O_RDONLY), file)
-        return SyncWithNested(self.run, tail, self.connect(self.run), None, self.make_nested, trusts_notes=False)
 
 
 @pytest.fixture
@@ -98,13 +54,6 @@ def do_trial(outer: OuterTracker, name: str, first: int = 1, last: int = 3) -> N
     tracker.close("finished")
 
 
-def check_delivered(stores: Stores, name: str, state: str = "finished") -> None:
-    kept = stores.of(name)
-    assert kept.numbers() == in_jsonl(stores.run / "trials" / name)
-    assert (kept.tags["state"], kept.settings) == (state, {"seed": 1})
-    assert "finished.json" in kept.artifacts
-
-
 def test_every_trial_arrives_and_the_outer_run_waits_once(stores: Stores) -> None:
     outer = stores.begin()
     outer.log_settings({"a": 1}, {})
@@ -125,15 +74,15 @@ def test_a_trial_under_way_is_seen(stores: Stores) -> None:
     outer.log_settings({}, {})
     trial = begin_trial(outer, "long")
     trial.log_rows([row(1)])
-    until(lambda: stores.of("long").numbers() == {("loss", 1): [1.0], ("lr", 1): [0.01]})
+    until(lambda: steps(stores, "long") == {1})
     assert stores.of("long").tags["state"] == "running"
     trial.log_rows([row(2)])
-    until(lambda: ("loss", 2) in stores.of("long").numbers())
+    until(lambda: steps(stores, "long") == {1, 2})
     trial.rewind(1)
     trial.log_rows([row(2), row(3)])
     trial.close("diverged")
     outer.close("failed")
-    assert {step for _, step in stores.of("long").numbers()} == {1, 2, 3}
+    assert steps(stores, "long") == {1, 2, 3}
     assert stores.of("long").tags["state"] == "diverged"
 
 
@@ -236,7 +185,7 @@ def test_a_trial_that_another_attempt_takes_over(stores: Stores) -> None:
     outer.log_settings({}, {})
     first = begin_trial(outer, "a")
     first.log_rows([row(1)])
-    until(lambda: ("loss", 1) in stores.of("a").numbers())
+    until(lambda: steps(stores, "a") == {1})
     other = JsonlTracker(stores.run / "trials" / "a", 1)  # of another process
     other.log_rows([row(2)])
     first.log_rows([row(7)])
@@ -244,7 +193,7 @@ def test_a_trial_that_another_attempt_takes_over(stores: Stores) -> None:
     first.close("superseded")
     other.close("saved-and-left")
     outer.close("superseded")
-    assert {step for _, step in stores.of("a").numbers()} <= {1, 2}
+    assert steps(stores, "a") == {1, 2}
 
 
 def test_the_outer_run_taken_over_delivers_nothing_more(stores: Stores) -> None:
@@ -276,6 +225,7 @@ def test_in_mlflow_trials_are_children_and_leave_the_outer_runs_state_alone(tmp_
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     outer, _ = open_tracker(tmp_path / "run", TrackingConfig(uri=uri), None, 0)
     outer.log_settings({}, {})
+    (tmp_path / "run" / "science.json").write_text("{}")  # a run has one, a pipeline has none
     folder = tmp_path / "run" / "trials" / "<b>ä"
     trial, _ = open_tracker(folder, TrackingConfig(uri=None), None, 0, outer_tracker=outer)
     trial.log_settings({"seed": 1}, {})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_store import Kept
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from points import in_jsonl
 
 from foveal.tracking import node_rows
 from foveal.tracking.jsonl import JsonlTracker
@@ -128,6 +129,27 @@ def test_at_most_64_nodes_and_a_thousand_points_a_request(rows: NodeRows, tmp_pa
     assert max(store.requests) <= 1000
 
 
+def test_a_requeued_run_on_other_nodes(rows: NodeRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that have been silent for ten minutes make room, those of this attempt do not; a repetition changes nothing."""
+    monkeypatch.setattr(node_rows, "MAX_NODES", 2)
+    store = Kept()
+    write(tmp_path, line(1, "a"), line(2, "b"), line(600, "c"), line(603, "d"), line(604, "e"), line(605, "f"))
+
+    def fail(_verb: str) -> None:
+        store.before = lambda _: None
+        raise ConnectionError
+
+    store.before = fail
+    with pytest.raises(ConnectionError):
+        rows.upload(store)
+    rows.upload(store)
+    assert [name.split("/")[1] for name, *_ in store.points] == ["a", "b", "d", "e"]
+    other = Kept()
+    rows.on_connected("2", {})
+    rows.upload(other)
+    assert other.points == store.points
+
+
 def test_what_is_missing() -> None:
     points = [("a", 1.0, 0, 5), ("a", 1.0, 0, 6), ("b", 1.0, 0, 1)]
     assert find_missing_points(points, {"a": 5}) == points[1:]
@@ -146,6 +168,6 @@ def test_a_runs_upload_has_them_beside_the_rows(tracker: JsonlTracker, tmp_path:
     tracker.log_rows([{"step": 1, "loss": 1.0}])
     write(tmp_path, line(1))
     sync.upload_rows_and_tags()
-    assert store.numbers() == {("loss", 1): [1.0], ("system/n1/cpu_utilization_percentage", 1): [1.0]}
+    assert store.numbers() == in_jsonl(tmp_path) | {("system/n1/cpu_utilization_percentage", 1): [1.0]}
     assert (sync.counts.rows_sent, sync.counts.rows_already_stored) == (1, 0)
     sync.close()

@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 from mlflow.exceptions import MlflowException, RestException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, INVALID_PARAMETER_VALUE
 
-from foveal.tracking.store_errors import StoreRefusedError, explain_refusal
+from foveal.tracking.store_errors import StoreRefusedError, explain_missing_feature, explain_refusal, is_unknown_feature
 
 
 class HTTPError(OSError):
@@ -43,3 +43,10 @@ def test_what_is_an_answer() -> None:
         StoreRefusedError("experiment x is deleted: restore it"): "experiment x is deleted",
     }.items():
         assert words in (explain_refusal(error) or ""), error
+
+
+def test_what_a_store_knows_nothing_of() -> None:
+    unknown = [NotImplementedError("no"), MlflowException("404", ENDPOINT_NOT_FOUND), HTTPError(501)]
+    refused = [HTTPError(403), MlflowException("bad name", INVALID_PARAMETER_VALUE), TypeError("no number")]
+    assert all(explain_missing_feature(error) for error in unknown + refused)
+    assert [is_unknown_feature(error) for error in unknown + refused] == [True] * 3 + [False] * 3

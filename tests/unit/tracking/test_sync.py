@@ -72,6 +72,19 @@ def test_an_attempt_that_could_not_say_how_it_ended(tmp_path: Path, monkeypatch,
     assert found.data.tags["why_stopped"] == "rank 1 was lost"
 
 
+def test_trials_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    run = left(tmp_path / "run", uri=f"sqlite:///{tmp_path}/mlflow.db")
+    for name in ("bad", "good", "worse"):
+        left(run / "trials" / name)
+    (run / "trials" / "bad" / "metrics.jsonl").write_text("{\n")
+    (run / "trials" / "worse" / "tags.json").write_text("{")
+    code, out, err = track(monkeypatch, capsys, run)
+    assert (code, out) == (2, f"{run} (with 3 runs in it): 60 rows and 4 files delivered, 0 rows were there\n")
+    last = err.splitlines()[-1]
+    assert f"2 runs in {run} were not delivered (see above): {run}/trials/bad, {run}/trials/worse" in last
+    assert in_mlflow(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), run / "trials" / "good") == in_jsonl(run)
+
+
 def test_a_mistake_is_one_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     nothing = tmp_path / "nothing"

@@ -144,6 +144,48 @@ def test_registration_is_for_finished_runs(run: Path) -> None:
     assert len(store.weights) == 2, "uploaded once"
 
 
+def test_registration_waits_for_the_state_of_the_attempt(run: Path) -> None:
+    """finished.json is there before the attempt has closed its tags."""
+    store = KeptFacts()
+    write_json(run / "tags.json", {"state": "running"})
+    sync = synced(run, store, register="digits")
+    assert store.versions == {}
+    write_json(run / "tags.json", {"state": "finished"})
+    sync.send_models(store)
+    assert len(store.versions) == 1
+
+
+@pytest.mark.parametrize("card", [None, {"step": "x"}, {"step": None}, {"step": 1, "encoder": None}])
+def test_an_export_that_the_store_does_not_take_stops_no_other(
+    run: Path, card: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of several students one is refused, or has no card that foveal wrote."""
+    store = KeptFacts()
+    write_export(run, "b" * 64, name="export/a")
+    if card is None:
+        left = [BadValueError(), None, None]
+        store.before = lambda verb: _raise(left.pop(0)) if verb == "create" else None
+    else:
+        write_json(run / "export" / "a" / "card.json", card)
+    write_export(run, "c" * 64, name="export/b")
+    with caplog.at_level(logging.WARNING, "foveal"):
+        synced(run, store)
+    assert len(store.points) == 2
+    assert ("takes no models (export" in caplog.text) == (card is None)
+
+
+class BadValueError(Exception):
+    """The answer to a bad value."""
+
+    def get_http_status_code(self) -> int:
+        return 400
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
 def test_the_chain_of_models(run: Path, tmp_path: Path) -> None:
     """A source is found by the path of its export, or by what recorded it; another store's, and a copy's, is not."""
     store = KeptFacts()
