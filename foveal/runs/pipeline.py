@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from foveal.atomic import read_json, write_json
+from foveal.atomic import encode_json, read_json, write_atomic
 from foveal.errors import CheckpointError
 
 _FILE = "pipeline.json"
@@ -22,13 +22,16 @@ class PlannedStage:
 
 
 def write_pipeline(folder: Path, stages: Sequence[PlannedStage]) -> None:
-    """Record the stages of a pipeline, with run directories relative to its folder. Raises: OSError."""
+    """Record the stages of a pipeline, with run directories relative to its folder, if they differ. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = [
         {"name": stage.name, "stage": stage.stage, "run": os.path.relpath(stage.run_dir, folder), "job": stage.job}
         for stage in stages
     ]
-    write_json(folder / _FILE, {"stages": entries})
+    content = encode_json({"stages": entries})
+    file = folder / _FILE
+    if not file.exists() or file.read_bytes() != content:
+        write_atomic(file, content)
 
 
 def read_pipeline_stages(folder: Path) -> tuple[PlannedStage, ...]:

@@ -117,7 +117,7 @@ def test_mlflow_has_each_trial_below_the_comparison(store, pipeline) -> None:
     assert {runs[trial].data.tags["mlflow.parentRunId"] for trial in TRIALS} == {parent}
     for trial in TRIALS:
         rows = rows_of(pipeline.runs / "finetune" / "trials" / trial)
-        history = store["client"].get_metric_history(runs[trial].info.run_id, "loss")
+        history = store["client"].get_metric_history(runs[trial].info.run_id, "train/loss")
         assert sorted(metric.step for metric in history) == column(rows, "step")
         assert (runs[trial].info.status, runs[trial].data.tags["state"]) == ("FINISHED", "finished")
 
