@@ -12,7 +12,7 @@ from foveal.training import launch
 
 def test_stages_of_a_pipeline_write_their_reports(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:
     chain = tmp_path / "chain"
-    shared = ("engine.kind=plain", f"run.pipeline={chain}")
+    shared = ("engine.kind=plain", "log.report=true", f"run.pipeline={chain}")
     one_rank.train(stage_named("pretrain"), configs["pretrain"], chain / "first", *shared)
     assert (chain / "first" / "report.html").exists()
     assert "1 stage " in (chain / "report.html").read_text()
