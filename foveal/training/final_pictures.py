@@ -20,7 +20,7 @@ from foveal.timeouts import call_with_timeout
 _NUM_IMAGES = 6
 _MAX_COUNTED_SHARDS = 100  # whose indices are read to count the classes
 _MAX_NAMED_CLASSES = 10
-_READ_SECONDS = 60.0  # for the images of a picture; srun ends rank 0 five minutes after the other ranks
+_READ_SECONDS = 60.0  # to read images or weights; srun ends rank 0 five minutes after the other ranks
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -31,8 +31,8 @@ def draw_final_pictures(
 ) -> Iterator[tuple[str, Picture]]:
     """Yield the pictures of a run's export, and their names; of a folder without an export, nothing. For rank 0.
 
-    ``label_reader``: tells labels from images. No error leaves this function: one is a warning, as are images that take
-    longer than a minute to read. No random number of the training is drawn.
+    ``label_reader``: tells labels from images. No error leaves this function: one is a warning, as are images or
+    weights that take longer than a minute to read. No random number of the training is drawn.
     """
     parts: list[tuple[str, Callable[[], Iterator[tuple[str, Picture]]]]] = [
         ("the training images", lambda: _draw_data(dataset, cfg.train, label_reader)),
@@ -94,7 +94,7 @@ def _draw_encoder(
     images = _read_in_time(lambda: read_sample_images(dataset, crop_cfg, split, _NUM_IMAGES, label_field).images)
     if not len(images):
         raise DataError(f"none of the images of split {split} that were tried decodes")
-    yield from load_inspected_encoder(export, device).draw_pictures(images)
+    yield from _read_in_time(lambda: load_inspected_encoder(export, device)).draw_pictures(images)
 
 
 def _read_in_time(read: Callable[[], T]) -> T:
@@ -102,4 +102,4 @@ def _read_in_time(read: Callable[[], T]) -> T:
     try:
         return call_with_timeout(_READ_SECONDS, read)
     except TimeoutError:
-        raise DataError(f"reading the images takes longer than {_READ_SECONDS:g} s") from None
+        raise DataError(f"reading takes longer than {_READ_SECONDS:g} s") from None

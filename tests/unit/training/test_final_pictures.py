@@ -130,7 +130,7 @@ def test_storage_that_hangs_is_not_waited_for(
     monkeypatch.setattr(final_pictures, "read_sample_images", hang)
     assert fine_tune(digits, tmp_path / "run") == []
     for what in ("the training images", "the encoder"):
-        assert f"no picture of {what}: reading the images takes longer than 0.1 s" in caplog.messages
+        assert f"no picture of {what}: reading takes longer than 0.1 s" in caplog.messages
 
 
 def fail(*_: Any) -> Any:
