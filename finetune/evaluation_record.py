@@ -15,19 +15,22 @@ from foveal.data.sample_images import read_images_by_id
 from foveal.data.sampling.sources import SampleSource
 from foveal.data.sampling.subset import SplitSubset, eval_split
 from foveal.inspect.picture import Picture
+from foveal.timeouts import read_with_timeout
 from foveal.training.run import Run
 
 FILE_NAME = "evaluation.json"
+_SOURCE_SECONDS = 60.0  # for a fork's source, which may lie on other storage
 
 
 def save_evaluation(run: Run, details: EvaluationDetails | None, step: int, metrics: Mapping[str, float]) -> None:
     """Write evaluation.json of the run's last evaluation and draw its pictures. Every rank calls it."""
     if details is None:
         return
-    describe = details.collect(run, step)
-    if run.world.rank == 0:
-        with warn_of_failure("evaluation.json of the final evaluation"):
-            _publish(run, _complete_facts(run, describe(), step, metrics))
+    with run.throughput_meter.exclude_time():
+        describe = details.collect(run, step)
+        if run.world.rank == 0:
+            with warn_of_failure("evaluation.json of the final evaluation"):
+                _publish(run, _complete_facts(run, describe(), step, metrics))
 
 
 def keep_evaluation(
@@ -48,7 +51,7 @@ def keep_evaluation(
 def publish_kept_evaluation(run: Run, export_folder: Path, step: int) -> None:
     """Move evaluation.json, which came with the best weights, out of the export, and draw its pictures."""
     if run.world.rank == 0:
-        with warn_of_failure("evaluation.json of the best evaluation"):
+        with run.throughput_meter.exclude_time(), warn_of_failure("evaluation.json of the best evaluation"):
             facts = _take_kept_facts(run, export_folder / FILE_NAME, step)
             if facts is not None:
                 _publish(run, facts)
@@ -64,10 +67,10 @@ def _take_kept_facts(run: Run, kept: Path, step: int) -> Facts | None:
         kept.unlink()
         return facts
     fork = run.plan.fork
-    source = None if fork is None else Path(fork.run) / FILE_NAME
-    if source is None or not source.exists():
+    if fork is None or step > fork.start_step:  # an evaluation of its own
         return None
-    facts = read_json(source)
+    source = Path(fork.run) / FILE_NAME
+    facts = read_with_timeout(source, _SOURCE_SECONDS, lambda: read_json(source) if source.exists() else {})
     return facts if facts.get("step") == step else None
 
 
@@ -84,7 +87,7 @@ def _publish(run: Run, facts: Facts) -> None:
     file = run.path / FILE_NAME
     write_json(file, facts)
     run.tracker.log_file(file)
-    if run.is_nested:
+    if run.is_part:
         return  # a comparison of many runs shows their results side by side
     drawings: dict[str, Callable[[Facts], Picture | None]] = {
         "confusion": _draw_confusion,
@@ -92,7 +95,7 @@ def _publish(run: Run, facts: Facts) -> None:
         "calibration": _draw_calibration,
         "mistakes": partial(_draw_mistakes, plan=_plan_of(run)),
     }
-    with run.progress.activity("drawing the evaluation"), run.throughput_meter.exclude_time():
+    with run.progress.activity("drawing the evaluation"):
         for name, draw in drawings.items():
             with warn_of_failure(f"the picture '{name}'"):
                 picture = draw(facts)
@@ -155,7 +158,8 @@ def _draw_mistakes(facts: Facts, plan: FinetunePlan) -> Picture | None:
     rows = {row["id"]: row for row in facts.get("mistakes") or () if row.get("caption")}
     if not rows:
         return None
-    batch = read_images_by_id(plan.dataset, plan.cfg.data, facts["split"], list(rows))
+    label_field = None if plan.label_reader is None else plan.label_reader.field
+    batch = read_images_by_id(plan.dataset, plan.cfg.data, facts["split"], list(rows), label_field)
     shown = [rows[sample_id] for sample_id in batch.ids.tolist()]
     if not shown:
         return None

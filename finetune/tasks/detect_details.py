@@ -51,7 +51,7 @@ class DetectionDetails:
         wrong = [score for score in scores if score.false + score.missed]
         worst = sorted(wrong, key=lambda score: (score.f1, -score.missed - score.false, score.image.image_id))
         worst = worst[:_NUM_WORST]
-        if worst and not run.is_nested:
+        if worst and not run.is_part:
             with warn_of_failure("the picture 'mistakes'"):
                 picture = self._draw(run, step, worst)
                 run.save_picture("mistakes", step, lambda: picture)
@@ -85,7 +85,8 @@ class DetectionDetails:
         plan = run.plan
         assert isinstance(plan, FinetunePlan)
         by_id = {score.image.image_id: score for score in worst}
-        batch = read_images_by_id(plan.dataset, plan.cfg.data, self.split, list(by_id))
+        label_field = None if plan.label_reader is None else plan.label_reader.field
+        batch = read_images_by_id(plan.dataset, plan.cfg.data, self.split, list(by_id), label_field)
         shown = [by_id[sample_id] for sample_id in batch.ids.tolist()]
         missed, false = sum(score.missed for score in shown), sum(score.false for score in shown)
         title = (

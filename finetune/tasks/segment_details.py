@@ -50,8 +50,9 @@ class SegmentationDetails:
         is_full = len(self._worst) == _NUM_WORST
         if np.isnan(iou) or (is_full and (iou, sample_id) > self._worst[-1].rank_key):
             return
-        mask, prediction = (values.to(torch.int16).cpu().numpy() for values in (mask_HW, prediction_HW))
-        self._worst.append(_WorstImage(iou, sample_id, image.cpu().numpy(), mask, prediction))
+        pixels = image.cpu().numpy().copy()  # the loader reuses the memory of its batches
+        mask, prediction = (values.to(torch.int16, copy=True).cpu().numpy() for values in (mask_HW, prediction_HW))
+        self._worst.append(_WorstImage(iou, sample_id, pixels, mask, prediction))
         self._worst = sorted(self._worst, key=lambda worst: worst.rank_key)[:_NUM_WORST]
 
     def collect(self, run: Run, step: int) -> Callable[[], Facts]:
@@ -66,7 +67,7 @@ class SegmentationDetails:
         return lambda: self._describe_and_draw(run, step, num_images, worst)
 
     def _describe_and_draw(self, run: Run, step: int, num_images: int, worst: Sequence[_WorstImage]) -> Facts:
-        if worst and not run.is_nested:
+        if worst and not run.is_part:
             with warn_of_failure("the picture 'mistakes'"):
                 picture = self._draw(worst, step)
                 run.save_picture("mistakes", step, lambda: picture)

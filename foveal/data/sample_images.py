@@ -14,21 +14,25 @@ from foveal.data.sampling.sources import SampleSource, find_image_member
 from foveal.data.sampling.subset import SplitSubset
 
 
-def read_sample_images(dataset: Dataset, cfg: DataConfig, split: str, max_images: int) -> Batch:
+def read_sample_images(
+    dataset: Dataset, cfg: DataConfig, split: str, max_images: int, label_field: str | None = None
+) -> Batch:
     """Return centre crops of images spread over the first shard of a split; those that do not decode are left out.
 
     They are the images of epoch 0 with their ids, so that masks keyed by the sample are always the same too.
-    Of a remote shard only the images are read. Raises: DataError if shard or index is unreadable.
+    Of a remote shard only the images are read. ``label_field``: the member that is the label, never the image. Raises: DataError if shard or index is unreadable.
     """
     first_shard = dataset.samples_per_shard(split)[0]
     ids = np.unique(np.linspace(0, first_shard - 1, max_images).round().astype(int))
-    return read_images_by_id(dataset, cfg, split, ids.tolist())
+    return read_images_by_id(dataset, cfg, split, ids.tolist(), label_field)
 
 
-def read_images_by_id(dataset: Dataset, cfg: DataConfig, split: str, sample_ids: Sequence[int]) -> Batch:
+def read_images_by_id(
+    dataset: Dataset, cfg: DataConfig, split: str, sample_ids: Sequence[int], label_field: str | None = None
+) -> Batch:
     """Return centre crops of samples of a split, as evaluation sees them; those that do not decode are left out.
 
-    Raises: DataError if shard or index is unreadable.
+    ``label_field``: the member that is the label, never the image. Raises: DataError if shard or index is unreadable.
     """
     source = SampleSource(dataset, split, SplitSubset(dataset.samples_per_shard(split), None))
     images, ids = [], []
@@ -38,7 +42,7 @@ def read_images_by_id(dataset: Dataset, cfg: DataConfig, split: str, sample_ids:
 
     for sample_id in sample_ids:
         location = source.locate_sample(sample_id)
-        member = find_image_member(location, None, cfg.decode_version)
+        member = find_image_member(location, label_field, cfg.decode_version)
         data = dataset.read_range(location.shard_index.shard, *member)
         try:
             image = decode_crop(

@@ -3,9 +3,8 @@
 import logging
 from pathlib import Path
 
-from foveal.atomic import best_effort
 from foveal.distributed.world import World
-from foveal.errors import AttemptSupersededError
+from foveal.errors import AttemptSupersededError, FovealError
 from foveal.runs.inputs import write_inputs
 from foveal.runs.record import write_plan
 from foveal.tracking import open_tracker
@@ -58,9 +57,11 @@ def begin_attempt(
     )
     tags = collect_attempt_tags(world) | (plan.fork.tags() if plan.fork else {})
     tracker.log_settings(cfg.to_flat_dict() | plan.inherited_science, tags, cfg.changed_science())
-    with best_effort("inputs.json or plan.json"):
+    try:
         write_inputs(run_dir, collect_inputs(stage_name, run_dir, plan))
         write_plan(run_dir, describe_plan(stage_name, plan))
+    except (OSError, FovealError) as error:  # of use to readers, and not needed
+        _log.warning("inputs.json or plan.json is not written: %s", error)
     for name in ("config.yaml", *(["fork.json"] if plan.fork else [])):
         tracker.log_file(run_dir / name)
     return tracker, last_row

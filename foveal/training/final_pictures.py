@@ -3,53 +3,58 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
+from foveal.data.image.targets import LabelReader
 from foveal.data.sample_images import read_sample_images
 from foveal.data.tools.show import draw_contact_sheet
 from foveal.errors import DataError
-from foveal.inspect.encoder.exported import load_inspected_encoder
 from foveal.inspect.picture import Picture
+from foveal.timeouts import call_with_timeout
 
 _NUM_IMAGES = 6
 _MAX_COUNTED_SHARDS = 100  # whose indices are read to count the classes
 _MAX_NAMED_CLASSES = 10
+_READ_SECONDS = 60.0  # to read images or weights; srun ends rank 0 five minutes after the other ranks
 _log = logging.getLogger(__name__)
 
-Save = Callable[[str, Callable[[], Picture]], None]  # (name of the file, what draws it)
+T = TypeVar("T")
 
 
-def save_final_pictures(
-    run_dir: Path, export_name: str, dataset: Dataset, cfg: DataConfig, device: torch.device, save: Save
-) -> None:
-    """Save the pictures of a run's export, export/ or export/<name>; of a run without one, nothing. For rank 0.
+def draw_final_pictures(
+    export: Path, dataset: Dataset, cfg: DataConfig, label_reader: LabelReader | None, device: torch.device
+) -> Iterator[tuple[str, Picture]]:
+    """Yield the pictures of a run's export, and their names; of a folder without an export, nothing. For rank 0.
 
-    No error leaves this function: one is a warning. No random number of the training is drawn.
+    ``label_reader``: tells labels from images. No error leaves this function: one is a warning, as are images or
+    weights that take longer than a minute to read. No random number of the training is drawn.
     """
-    export = run_dir / "export" / export_name
-    if not (export / "card.json").exists():
-        return
-    parts: list[tuple[str, Iterator[tuple[str, Picture]]]] = [
-        ("the training images", _draw_data(dataset, cfg.train)),
-        ("the encoder", _draw_encoder(export, dataset, cfg, device)),
+    parts: list[tuple[str, Callable[[], Iterator[tuple[str, Picture]]]]] = [
+        ("the training images", lambda: _draw_data(dataset, cfg.train, label_reader)),
+        ("the encoder", lambda: _draw_encoder(export, dataset, cfg, label_reader, device)),
     ]
-    for what, pictures in parts:
+    for what, draw in parts:
         try:
-            for name, picture in pictures:
-                save(name, lambda picture=picture: picture)
+            if (export / "card.json").exists():
+                yield from draw()
         except Exception as error:  # noqa: BLE001 - a trained model is worth more than its pictures, whatever the error
             reason = str(error).partition("\n")[0] or type(error).__name__
             _log.warning("no picture of %s: %s", what, reason)
 
 
-def _draw_data(dataset: Dataset, split: str) -> Iterator[tuple[str, Picture]]:
+def _draw_data(dataset: Dataset, split: str, label_reader: LabelReader | None) -> Iterator[tuple[str, Picture]]:
     """Yield the contact sheet of the training split. Raises: DataError."""
-    sheet = draw_contact_sheet(dataset, split)
-    yield "data", Picture(sheet, "Training images", describe_training_images(dataset, split))
+
+    def draw() -> Picture:
+        sheet = draw_contact_sheet(dataset, split, label_reader)
+        return Picture(sheet, "Training images", describe_training_images(dataset, split))
+
+    yield "data", _read_in_time(draw)
 
 
 def describe_training_images(dataset: Dataset, split: str) -> str:
@@ -74,15 +79,27 @@ def describe_training_images(dataset: Dataset, split: str) -> str:
 
 
 def _draw_encoder(
-    export: Path, dataset: Dataset, cfg: DataConfig, device: torch.device
+    export: Path, dataset: Dataset, cfg: DataConfig, label_reader: LabelReader | None, device: torch.device
 ) -> Iterator[tuple[str, Picture]]:
     """Yield the pictures of an export's encoder, on images that it was not trained on if there are any.
 
     Raises: DataError, ExportError, torch.OutOfMemoryError.
     """
+    from foveal.inspect.encoder.exported import load_inspected_encoder  # matplotlib, without which a run ends as well
+
     split = cfg.val if cfg.val in dataset.manifest.splits else cfg.train
     # A task may evaluate larger images than the encoder takes, in windows.
-    images = read_sample_images(dataset, cfg.model_copy(update={"eval_size": None}), split, _NUM_IMAGES).images
+    crop_cfg = cfg.model_copy(update={"eval_size": None})
+    label_field = None if label_reader is None else label_reader.field
+    images = _read_in_time(lambda: read_sample_images(dataset, crop_cfg, split, _NUM_IMAGES, label_field).images)
     if not len(images):
         raise DataError(f"none of the images of split {split} that were tried decodes")
-    yield from load_inspected_encoder(export, device).draw_pictures(images)
+    yield from _read_in_time(lambda: load_inspected_encoder(export, device)).draw_pictures(images)
+
+
+def _read_in_time(read: Callable[[], T]) -> T:
+    """Return what ``read()`` returns. Raises: DataError if it takes too long; errors of ``read``."""
+    try:
+        return call_with_timeout(_READ_SECONDS, read)
+    except TimeoutError:
+        raise DataError(f"reading takes longer than {_READ_SECONDS:g} s") from None

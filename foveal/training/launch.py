@@ -13,12 +13,13 @@ from foveal.distributed.preemption import Preemption, handle_stop_signals, ignor
 from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.world import World, init_world
 from foveal.redact import redact
-from foveal.runs.record import NESTED_FOLDERS
+from foveal.timeouts import call_with_timeout
 from foveal.training.config import StageConfig
 from foveal.training.report import wrap_lines
 from foveal.training.run_directory import keep_rules_of_run, open_run
 from foveal.training.stage import Stage
 
+_REPORT_SECONDS = 120.0  # a folder of runs may be large or hang, and srun ends rank 0 five minutes after the others
 _log = logging.getLogger("foveal")
 
 
@@ -60,11 +61,11 @@ def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, c
         for line in wrap_lines(lines) if sys.stderr.isatty() else lines:  # whole lines where a reader searches them
             _log.info(line)
         stage.functions.train(run.plan, run)
-    is_part = (
-        run.path.parent.name in NESTED_FOLDERS
-    )  # a task of an array runs a fold; the run of all folds has the page
-    if run.is_finished and world.rank == 0 and plan.cfg.log.report and not is_part:
-        _write_reports(run.path, plan.cfg.run.pipeline)
+    if run.is_finished and world.rank == 0 and plan.cfg.log.report and not run.is_part:
+        try:
+            call_with_timeout(_REPORT_SECONDS, lambda: _write_reports(run.path, plan.cfg.run.pipeline))
+        except TimeoutError as error:
+            _log.warning("%s is finished, and its report is not written (%s)", run.path, error)
     return run.is_finished
 
 

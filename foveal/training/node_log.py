@@ -73,7 +73,11 @@ def open_node_log(run_dir: Path, world: World, cfg: LogConfig) -> NodeLog:
         return NodeLog()
     meter = NodeMeter() if world.local_rank == 0 else None
     if meter is not None:
-        meter.start()
+        try:
+            meter.start()
+        except RuntimeError as error:  # no more threads
+            _log.warning("the use of this node is not recorded (%s)", error)
+            meter = None
     return NodeLog(run_dir / NODES_FILE if world.rank == 0 else None, meter, socket.gethostname())
 
 

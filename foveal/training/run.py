@@ -20,6 +20,7 @@ from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.inspect.picture import Picture, save_picture
 from foveal.quantities import format_count
+from foveal.runs.record import NESTED_FOLDERS
 from foveal.tracking.tracker import NullTracker, Tracker
 from foveal.training.attempt_end import describe_leave
 from foveal.training.attempt_start import begin_attempt, superseded_error
@@ -27,6 +28,7 @@ from foveal.training.data_log import DataLog
 from foveal.training.evaluation_data import open_evaluation_data
 from foveal.training.evaluations import Evaluations
 from foveal.training.exporting import Exporter
+from foveal.training.final_pictures import draw_final_pictures
 from foveal.training.lease import Attempt, Lease
 from foveal.training.loop import RankFlags
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
@@ -84,6 +86,11 @@ class Run:
     def is_nested(self) -> bool:
         """Whether another run contains this one."""
         return self.outer_progress is not None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the run belongs to another one, which shows the results: nested, or a fold of a Slurm array."""
+        return self.is_nested or self.path.parent.name in NESTED_FOLDERS
 
     @property
     def data_log(self) -> DataLog:
@@ -227,9 +234,7 @@ class Run:
     def read_flags(self) -> RankFlags:
         """Return this rank's flags."""
         return RankFlags(
-            self.preemption.stop_reason is not None,
-            self.checkpoint_saver.is_rank_writing,
-            self.attempt.is_superseded,
+            self.preemption.stop_reason is not None, self.checkpoint_saver.is_rank_writing, self.attempt.is_superseded
         )
 
     def check_preemption(self, flags: RankFlags | None = None) -> LeaveRequest | None:
@@ -271,12 +276,10 @@ class Run:
     def mark_finished(self, results: dict[str, Any] | None = None, best_metrics: dict[str, Any] | None = None) -> None:
         """Mark the run finished with new ``results`` and the metrics of the best checkpoint, on every rank.
 
-        Pictures come first, so that the tracker uploads them; the other ranks wait.
+        Rank 0 draws pictures afterwards: nothing that goes wrong there makes the run start again, and no rank waits.
         """
         self.finish_checkpoint()
         if self.world.rank == 0:
-            if self.plan.cfg.log.final_pictures and not self.is_nested:
-                self._save_final_pictures()
             if results:  # before the file, with which later attempts do nothing; a comparison runs no steps itself
                 self.tracker.log_results_once(results, self.step or self.plan.total_steps)
             file = write_finished(
@@ -290,26 +293,23 @@ class Run:
                 attempt_seconds=time.monotonic() - self._started_at,
             )
             self.tracker.log_file(file)
+        self.is_finished = True
+        self.world.barrier()
+        if self.world.rank == 0:
+            if self.plan.cfg.log.final_pictures and not self.is_part:
+                self._save_final_pictures()
             self.progress.close()
             if not self.is_nested:
                 log_report(self.stage_name, self.path, self.plan.cfg)
-        self.is_finished = True
-        self.world.barrier()
 
     def _save_final_pictures(self) -> None:
-        """Save pictures of the data and of the encoder that the run exported, the first of several students'."""
-        from foveal.training.final_pictures import save_final_pictures  # with matplotlib: when the training is over
-
-        step, plan = self.step or self.plan.total_steps, self.plan
+        """Save pictures of the data and of the exported encoder, the first of several students', unless asked to leave."""
+        plan, data = self.plan, self.plan.cfg.data
+        export = self.path.joinpath("export", *plan.cfg.export_subfolders[:1])
+        pictures = draw_final_pictures(export, plan.dataset, data, plan.label_reader, self.world.device)
         with self.progress.activity("drawing pictures"):
-            save_final_pictures(
-                self.path,
-                plan.cfg.export_subfolders[0],
-                plan.dataset,
-                plan.cfg.data,
-                self.world.device,
-                lambda name, render: self.save_picture(name, step, render),
-            )
+            while self.preemption.stop_reason is None and (drawn := next(pictures, None)) is not None:
+                self.save_picture(drawn[0], self.step or plan.total_steps, lambda picture=drawn[1]: picture)
 
     def export_weights(
         self,

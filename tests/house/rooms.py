@@ -240,7 +240,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.training.lease": (("foveal.atomic", "foveal.errors", "foveal.training.lease_holder"), ()),
     "foveal.training.lineage": (("foveal.atomic", "foveal.errors"), ()),
     "foveal.training.final_pictures": (
-        ("foveal.data", "foveal.errors", "foveal.inspect.encoder", "foveal.inspect.picture"),
+        ("foveal.data", "foveal.errors", "foveal.inspect.encoder", "foveal.inspect.picture", "foveal.timeouts"),
         ("numpy", "torch"),
     ),
     "foveal.training.meters": (("foveal.atomic",), ("psutil", "torch")),

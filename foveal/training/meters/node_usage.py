@@ -9,6 +9,7 @@ import math
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ NodeSample = Mapping[str, float | list[float | None] | None]  # a list has one n
 
 _FIRST_SAMPLE_SECONDS = 1.0  # so that a run of some seconds has one
 _SAMPLE_SECONDS = 2.0
+_MAX_SAMPLES = 1800  # an hour's; a run of runs or of probes may never report
 _REPORT_SECONDS = 10.0  # at least, between two reports of a node
 _REPORT_SECONDS_PER_NODE = 0.5  # a thousand ranks write some 100 MB a day, and not ten times as much
 
@@ -74,7 +76,7 @@ class NodeMeter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._make_sampler, self._clock = make_sampler, clock
-        self._samples: list[NodeSample] = []
+        self._samples: deque[NodeSample] = deque(maxlen=_MAX_SAMPLES)
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._reported_at = -math.inf
         self._thread = threading.Thread(target=self._work, name="node-meter", daemon=True)
@@ -93,7 +95,8 @@ class NodeMeter:
             return None
         self._reported_at = self._clock()
         with self._lock:
-            samples, self._samples = self._samples, []
+            samples = list(self._samples)
+            self._samples.clear()
         return average_samples(samples)
 
     def close(self) -> None:

@@ -3,7 +3,10 @@
 import json
 import logging
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +21,11 @@ from finetune.plan import plan_training
 from finetune.train import train
 from foveal.distributed.preemption import LeaveRequest, Preemption
 from foveal.distributed.world import World
+from foveal.errors import StorageUnreachableError
 from foveal.inspect import confusion
 from foveal.inspect.picture import read_title_and_description
+from foveal.training.lineage import Fork
+from foveal.training.meters.throughput import ThroughputMeter
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
 
@@ -46,6 +52,7 @@ def settings(digits: Path, run: Path, **further: Any) -> dict[str, Any]:
         "run": {"dir": str(run)},
         "log": {"final_pictures": False},
         "tracking": {"uri": None},
+        "log": {"final_pictures": False, "report": False},
     } | further
 
 
@@ -151,6 +158,52 @@ def test_what_cannot_be_drawn_is_a_warning(
     ]
     assert (run / "finished.json").exists()
     assert facts_of(run)["num_images"] == 360
+
+
+@pytest.mark.parametrize("further", [{}, STOPPED])
+def test_drawing_is_no_training(
+    further: dict[str, Any], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Describing and drawing take a thousand seconds each here, and are subtracted once."""
+    now = [0.0]
+
+    def slowly(call: Any) -> Any:
+        def take_time(*arguments: Any, **named: Any) -> Any:
+            now[0] += 1000
+            return call(*arguments, **named)
+
+        return take_time
+
+    clock = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + now[0])
+    monkeypatch.setattr(ThroughputMeter.__init__, "__defaults__", (0.0, time.perf_counter))
+    for name in ("_complete_facts", "_add_sample_keys", "_draw_confusion"):
+        monkeypatch.setattr(evaluation_record, name, slowly(getattr(evaluation_record, name)))
+    run = finetune(settings(digits, tmp_path / "run", **further))
+    assert now[0] >= 3000
+    assert 0 < json.loads((run / "finished.json").read_text())["seconds"] < 500
+
+
+def test_a_fork_takes_the_source_s_evaluation_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own steps may have the number of a step of the source."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "evaluation.json").write_text('{"step": 8}')
+    fork = Fork(str(source), str(source), 9, "digest", 9, 9, None, None, {})
+    run: Any = SimpleNamespace(plan=SimpleNamespace(fork=fork))
+
+    def take(step: int, **changed: Any) -> Any:
+        run.plan.fork = replace(fork, **changed)
+        return evaluation_record._take_kept_facts(run, tmp_path / "kept.json", step)
+
+    assert take(8) == {"step": 8}
+    assert take(4) is None
+    assert take(8, start_step=0) is None
+    assert take(8, run=str(tmp_path / "gone")) is None
+    monkeypatch.setattr(evaluation_record, "_SOURCE_SECONDS", 0.1)
+    monkeypatch.setattr(evaluation_record, "read_json", lambda _: time.sleep(3))
+    with pytest.raises(StorageUnreachableError):
+        take(8)
 
 
 def test_a_folder_in_place_of_the_file_ends_no_run(

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,20 @@ from finetune.plan import plan_training
 from finetune.train import train
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
+from foveal.data.image.masks import MaskReader
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
+from foveal.inspect.encoder import exported
 from foveal.inspect.picture import read_title_and_description
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.training import final_pictures
-from foveal.training.final_pictures import describe_training_images, save_final_pictures
+from foveal.training.final_pictures import describe_training_images, draw_final_pictures
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 NAMES = ["activations", "attention", "attention-distance", "data", "features"]
+OF_EVALUATION = ("calibration", "confusion", "mistakes", "per-class")  # test_evaluation_record.py has them
 
 
 def fine_tune(digits: Path, run_dir: Path, **log: Any) -> list[str]:
@@ -51,7 +56,8 @@ def fine_tune(digits: Path, run_dir: Path, **log: Any) -> list[str]:
 
 
 def pictures_of(run_dir: Path) -> list[str]:
-    return sorted(file.name for file in (run_dir / "pictures").glob("*"))
+    names = sorted(file.name for file in (run_dir / "pictures").glob("*"))
+    return [name for name in names if not name.startswith(OF_EVALUATION)]
 
 
 def test_a_run_ends_with_pictures_which_its_tracker_gets(
@@ -61,8 +67,8 @@ def test_a_run_ends_with_pictures_which_its_tracker_gets(
     monkeypatch.setattr(JsonlTracker, "log_file", lambda _self, file: sent.append(file.name))
     names = fine_tune(digits, tmp_path / "run")
     assert names == [f"{name}-00000003.png" for name in NAMES]
-    assert sorted(sent[-6:-1]) == names
-    assert sent[-1] == "finished.json"  # after which nobody opens the run again
+    assert sent[-6] == "finished.json"  # before the pictures, for which no run starts again
+    assert sorted(sent[-5:]) == names
     words = {name: read_title_and_description(tmp_path / "run" / "pictures" / name) for name in names}
     title, text = words["data-00000003.png"]
     assert title == "Training images"
@@ -82,6 +88,51 @@ def test_a_run_inside_another_has_none(digits: Path, tmp_path: Path, monkeypatch
     assert fine_tune(digits, tmp_path / "run") == []
 
 
+def test_a_fold_of_an_array_has_none(digits: Path, tmp_path: Path) -> None:
+    """It is a run of its own there, and the run of all folds has the pictures."""
+    assert fine_tune(digits, tmp_path / "folds" / "fold-1") == []
+
+
+def test_a_run_that_is_asked_to_leave_draws_no_more(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished, and the signal's notice is short."""
+    save = Run.save_picture
+
+    def save_and_ask(run: Run, *picture: Any) -> None:
+        save(run, *picture)
+        if run.is_finished:
+            run.preemption.stop_reason = "SIGTERM"
+
+    monkeypatch.setattr(Run, "save_picture", save_and_ask)
+    assert fine_tune(digits, tmp_path / "run") == ["data-00000003.png"]
+
+
+def test_without_matplotlib_a_run_is_finished(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("foveal.inspect.encoder.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "data-00000003.png" in fine_tune(digits, tmp_path / "run")
+    (warned,) = [text for text in caplog.messages if text.startswith("no picture of")]
+    assert warned.startswith("no picture of the encoder: import of matplotlib")
+
+
+def test_storage_that_hangs_is_not_waited_for(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hang(*_: Any) -> None:
+        time.sleep(3)
+
+    monkeypatch.setattr(final_pictures, "_READ_SECONDS", 0.1)
+    monkeypatch.setattr(final_pictures, "draw_contact_sheet", hang)
+    monkeypatch.setattr(final_pictures, "read_sample_images", hang)
+    assert fine_tune(digits, tmp_path / "run") == []
+    for what in ("the training images", "the encoder"):
+        assert f"no picture of {what}: reading takes longer than 0.1 s" in caplog.messages
+
+
 def fail(*_: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 GiB")
 
@@ -89,7 +140,7 @@ def fail(*_: Any) -> Any:
 def test_an_encoder_that_does_not_fit_is_a_warning(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(final_pictures, "load_inspected_encoder", fail)
+    monkeypatch.setattr(exported, "load_inspected_encoder", fail)
     assert fine_tune(digits, tmp_path / "run") == ["data-00000003.png"]
     assert "no picture of the encoder: CUDA out of memory." in caplog.messages
 
@@ -109,32 +160,36 @@ def test_pictures_that_cannot_be_written_are_warnings(
     (tmp_path / "run" / "pictures").write_text("a file")
     assert fine_tune(digits, tmp_path / "run") == []
     warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len([line for line in warned if "00000003.png is not written: " in line]) == len(NAMES)
+    for name in NAMES:
+        assert len([line for line in warned if f"/{name}-00000003.png is not written: " in line]) == 1
 
 
 def test_no_random_number_is_drawn_and_no_export_is_no_picture(digits: Path, tmp_path: Path) -> None:
     cfg = DataConfig(path=str(digits), image_size=16, channels=3)
     dataset = Dataset.open(cfg)
-    saved: list[str] = []
-
-    def save(export_name: str) -> None:
-        save_final_pictures(tmp_path, export_name, dataset, cfg, ALONE.device, lambda name, _render: saved.append(name))
-
     export_encoder(tmp_path / "export" / "student")
     before = torch.get_rng_state()
-    save("")
-    assert saved == []
-    save("student")
-    assert sorted(saved) == NAMES
+    assert not list(draw_final_pictures(tmp_path / "export", dataset, cfg, None, ALONE.device))
+    drawn = dict(draw_final_pictures(tmp_path / "export" / "student", dataset, cfg, None, ALONE.device))
+    assert sorted(drawn) == NAMES
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_encoder_that_sees_larger_images_in_windows(digits: Path, tmp_path: Path) -> None:
     cfg = DataConfig(path=str(digits), image_size=16, channels=3, eval_size=(24, 32))
     export_segmenter(tmp_path / "export")
-    drawn: list[str] = []
-    save_final_pictures(tmp_path, "", Dataset.open(cfg), cfg, ALONE.device, lambda name, _render: drawn.append(name))
+    drawn = dict(draw_final_pictures(tmp_path / "export", Dataset.open(cfg), cfg, None, ALONE.device))
     assert sorted(drawn) == NAMES
+
+
+def test_a_mask_is_not_taken_for_the_image(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, reader = DataConfig(path=str(digits), image_size=16, channels=3), MaskReader("seg.png", ("road", "car"), 255)
+    seen: list[Any] = []
+    monkeypatch.setattr(final_pictures, "draw_contact_sheet", lambda *given: seen.append(given[2]) or fail())
+    monkeypatch.setattr(final_pictures, "read_sample_images", lambda *given: seen.append(given[4]) or fail())
+    export_encoder(tmp_path / "export")
+    assert not list(draw_final_pictures(tmp_path / "export", Dataset.open(cfg), cfg, reader, ALONE.device))
+    assert seen == [reader, "seg.png"]
 
 
 def test_data_sets_in_words(digits: Path) -> None:
@@ -152,7 +207,7 @@ def test_data_sets_in_words(digits: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["accelerate", "deepspeed"])
-def test_other_ranks_wait(engine: str, configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path) -> None:
+def test_other_ranks_do_not_matter(engine: str, configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path) -> None:
     """Also after ZeRO 3, which replaces functions of torch for the rest of the process."""
     zero = ["engine.zero=3"] if engine == "deepspeed" else []
     stage = stage_named("pretrain")
@@ -177,10 +232,7 @@ def test_photographs(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     cfg = DataConfig(path=str(shards), index=str(tmp_path / "index"), image_size=16, channels=3)
     export_encoder(tmp_path / "export")
-    drawn: dict[str, Any] = {}
-    save_final_pictures(
-        tmp_path, "", Dataset.open(cfg), cfg, ALONE.device, lambda name, render: drawn.update({name: render()})
-    )
+    drawn = dict(draw_final_pictures(tmp_path / "export", Dataset.open(cfg), cfg, None, ALONE.device))
     assert sorted(drawn) == NAMES
     assert drawn["data"].image.size == (8 * 134 + 6, 6 * 152 + 6)
     assert "Some of the 2,500 images" in drawn["data"].description

@@ -11,7 +11,7 @@ import torch
 from foveal.atomic import AppendLog
 from foveal.distributed.world import World
 from foveal.training.config import LogConfig
-from foveal.training.meters.node_usage import NodeSample
+from foveal.training.meters.node_usage import NodeMeter, NodeSample
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.node_log import NodeLog, open_node_log
 
@@ -106,6 +106,19 @@ def test_a_full_disk_is_survived_and_memory_is_bounded(tmp_path: Path, monkeypat
     monkeypatch.setattr(AppendLog, "append_json_lines", fail)
     log.share_exchange(lambda value: [value])({})
     log.write(2)
+
+
+def test_a_node_without_room_for_a_thread_is_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_self: NodeMeter) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(NodeMeter, "start", fail)
+    log = open_node_log(tmp_path, World(0, 1, 0, "none", torch.device("cpu")), LogConfig())
+    assert log._meter is None
+    assert caplog.messages == ["the use of this node is not recorded (can't start new thread)"]
+    log.close()
 
 
 @pytest.mark.parametrize(("local_rank", "node_metrics"), [(0, True), (1, True), (0, False)])

@@ -17,6 +17,7 @@ from foveal.data.format.shard_index import IndexRules, ShardIndex, mmap_index, w
 from foveal.data.image.masks import MaskReader
 from foveal.data.indexing.index import build_shard_index, index_folder
 from foveal.data.loader import train_batches
+from foveal.data.sample_images import read_images_by_id, read_sample_images
 from foveal.data.sampling.sources import build_training_set
 from foveal.data.tools.show import draw_contact_sheet
 from foveal.data.tools.verify import verify_dataset
@@ -241,6 +242,9 @@ def test_training_reads_the_image_beside_its_mask(masked: Path) -> None:
     dataset = open_unchecked_dataset(str(masked), None)
     assert verify_dataset(dataset, full=True, workers=1, label_surveys={"train": [reader.make_survey()]}) == []
     assert np.asarray(draw_contact_sheet(dataset, "train", reader)).max() > 190
+    cfg = DataConfig(path=str(masked), image_size=8, channels=1)
+    assert (read_images_by_id(dataset, cfg, "train", [0, 2], "png").images > 190).all()
+    assert (read_sample_images(dataset, cfg, "train", 2, "png").images > 190).all()
 
 
 def test_a_label_that_is_the_only_picture_is_one_fault_of_verify(tmp_path: Path, write_tar: WriteTar) -> None:

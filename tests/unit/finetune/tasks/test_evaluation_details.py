@@ -207,7 +207,7 @@ def segment_on(size: int) -> list[Any]:
         def save_picture(name: str, step: int, render: Any) -> None:
             pictures.append(f"{name} {step}: {render().description}")
 
-        run = SimpleNamespace(world=world, is_nested=False, save_picture=save_picture)
+        run = SimpleNamespace(world=world, is_part=False, save_picture=save_picture)
         details.matrix_KK = torch.tensor([[5, 1, 0], [0, 4, 0], [0, 0, 0]])
         return details.collect(cast(Run, run), 5)()
 
@@ -225,6 +225,18 @@ def test_the_worst_segmentations_are_the_same_on_any_number_of_ranks() -> None:
     assert math.isnan(alone["per_class"][2]["iou"])
 
 
+def test_the_worst_images_outlive_their_batch() -> None:
+    """The loader fills the memory of a batch again."""
+    details = SegmentationDetails(CLASSES[:3])
+    image, mask = torch.full((1, 2, 2), 7, dtype=torch.uint8), torch.ones(2, 2, dtype=torch.int16)
+    details.update(0, image, mask, torch.zeros(2, 2, dtype=torch.int64))
+    image.zero_()
+    mask.zero_()
+    (worst,) = details._worst
+    assert (worst.image == 7).all()
+    assert (worst.mask == 1).all()
+
+
 def test_detections_are_matched_once_and_the_worst_image_is_the_one_with_most_errors() -> None:
     box, far = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]
     images = [
@@ -235,7 +247,7 @@ def test_detections_are_matched_once_and_the_worst_image_is_the_one_with_most_er
     ]
     ap = np.full((10, 2), 0.25)
     ap[:, 1] = np.nan
-    run = cast(Run, SimpleNamespace(is_nested=True))
+    run = cast(Run, SimpleNamespace(is_part=True))
     facts = DetectionDetails("val", ("car", "bus"), images, ap).collect(run, 5)()
     assert [{name: row[name] for name in ("id", "right", "false", "missed")} for row in facts["mistakes"]] == [
         {"id": 2, "right": 0, "false": 1, "missed": 2},

@@ -81,6 +81,20 @@ def test_a_report_is_due_after_some_seconds_and_later_with_many_nodes() -> None:
     assert not meter._thread.is_alive()
 
 
+def test_a_meter_that_nobody_asks_keeps_the_newest_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of runs writes no metrics of its own."""
+    monkeypatch.setattr(node_usage, "_MAX_SAMPLES", 5)
+    taken: list[float] = []
+    meter = NodeMeter(lambda: lambda: taken.append(len(taken)) or {"cpu_utilization_percentage": taken[-1]})
+    meter.start()
+    end = time.monotonic() + 30
+    while len(taken) < 20 and time.monotonic() < end:
+        time.sleep(0.001)
+    meter.close()
+    meter._thread.join(30)
+    assert [sample["cpu_utilization_percentage"] for sample in meter._samples] == taken[-5:]
+
+
 def test_an_error_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> NodeSample:
         raise PermissionError("/proc/stat")
