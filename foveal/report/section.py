@@ -146,7 +146,7 @@ def link_to(target: Path, page: Path) -> str:
 
 def _check_finished(finished: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return what finished.json says, without values of a wrong type, which a hand may have written."""
-    kinds = {"summary": dict, "notes": list, "seconds": int | float, "total_seconds": int | float}
+    kinds = {"notes": list, "seconds": int | float, "total_seconds": int | float}
     wrong = [name for name, kind in kinds.items() if name in finished and not isinstance(finished[name], kind)]
     if wrong:
         problems.append(f"finished.json is damaged: {', '.join(wrong)}")

@@ -15,10 +15,9 @@ from foveal.strict_yaml import read_yaml
 from foveal.tracking.nested import NESTED_FOLDERS
 from foveal.tracking.tail import read_json_or_empty, read_step_rows
 from foveal.training.lease import AttemptRecord, list_attempts
-from foveal.training.lease_holder import current_holder, get_liveness_and_reason
 from foveal.training.lineage import Fork, read_fork
 
-RunState = Literal["running", "unknown", "killed", "finished", "saved-and-left", "failed", "diverged", "superseded"]
+EndState = Literal["saved-and-left", "failed", "diverged", "superseded"]
 _PLAN, _FINISHED, _CONFIG = "plan.json", "finished.json", "config.yaml"
 # Settings that one stage alone has: for a run without plan.json, one of 0.1 or one that has just begun.
 _STAGE_BY_SETTING = {"method": "distill", "freeze_encoder": "finetune", "mask_ratio": "pretrain"}
@@ -72,19 +71,6 @@ class RunRecord:
         folder = self.settings.get("run.pipeline")
         return Path(folder) if folder else None
 
-    @cached_property
-    def state(self) -> RunState:
-        """The state of the newest attempt. ``unknown``: no record of an end, and on another host."""
-        if self.finished:
-            return "finished"
-        last = self.attempts[-1] if self.attempts else None
-        if last is None:
-            return "unknown"
-        if last.exit_code is not None:
-            return state_after_end(last.exit_code)
-        is_alive = None if last.holder is None else get_liveness_and_reason(last.holder, current_holder(1))[0]
-        return {True: "running", False: "killed", None: "unknown"}[is_alive]  # type: ignore[return-value]
-
     @property
     def reason(self) -> str:
         """Why the newest attempt ended; "" while it is under way."""
@@ -129,12 +115,12 @@ class RunRecord:
         return tuple(sorted((self.path / "pictures").glob("*.png")))
 
 
-def state_after_end(exit_code: int) -> RunState:
+def state_after_end(exit_code: int) -> EndState:
     """Return the state of an attempt that recorded its end and has not finished the run.
 
     The tags may be those of an earlier attempt: one that is refused, or hangs, does not write them.
     """
-    states: dict[int, RunState] = {
+    states: dict[int, EndState] = {
         0: "saved-and-left",
         TrainingDivergedError.exit_code: "diverged",
         AttemptSupersededError.exit_code: "superseded",
