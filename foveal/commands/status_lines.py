@@ -9,6 +9,7 @@ from foveal.redact import redact
 from foveal.runs.best_result import SPREAD_SUFFIXES, BestResult
 from foveal.runs.live_status import NestedProgress, RunStatus
 from foveal.runs.overview import StageNotBegun
+from foveal.runs.results import is_chosen
 from foveal.slurm import SlurmJobStatus
 
 _MAX_RESULTS = 6
@@ -156,7 +157,9 @@ def _result_lines(status: RunStatus) -> Lines:
 
 
 def _format_results(results: Mapping[str, float]) -> str:
-    results = {name: value for name, value in results.items() if not name.endswith(SPREAD_SUFFIXES)}
+    results = {
+        name: value for name, value in results.items() if not name.endswith(SPREAD_SUFFIXES) and not is_chosen(name)
+    }
     shown = [f"{name} {format_metric(value)}" for name, value in list(results.items())[:_MAX_RESULTS]]
     more = len(results) - len(shown)
     return ", ".join([*shown, *([f"{more} more in metrics.jsonl"] if more > 0 else [])])

@@ -7,8 +7,8 @@ from foveal.report.charts import MAX_TRACES, Axes, Chart, Curve, draw_curves
 from foveal.report.curves import Curves
 from foveal.report.events import Events, read_lines
 from foveal.report.series import Series
-from foveal.report.text import is_higher_better
 from foveal.runs.record import RunRecord
+from foveal.runs.results import is_lower_better
 
 _TIMES = ("_ms", "_seconds", "_gigabytes", "_gib")
 # Of a training step, and in a chart of their own or in none.
@@ -178,7 +178,7 @@ def _pick(steps: dict[str, Series], name: str) -> list[Curve]:
 
 def _sorted(metrics: dict[str, Series], *, is_loss: bool) -> list[str]:
     """Return the names of losses, or of the others; ``loss`` first, then the order of logging."""
-    names = [name for name in metrics if is_higher_better(name) != is_loss]
+    names = [name for name in metrics if is_lower_better(name) == is_loss]
     return sorted(names, key=lambda name: name not in ("loss", "val_loss"))
 
 

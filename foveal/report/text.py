@@ -1,4 +1,4 @@
-"""Numbers, durations and directions as a reader sees them."""
+"""Numbers and durations as a reader sees them."""
 
 import math
 from typing import Any
@@ -35,8 +35,3 @@ def format_duration(seconds: float | None) -> str:
 def format_count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('tch') else 's'}"
-
-
-def is_higher_better(name: str) -> bool:
-    """Return the direction of a logged metric: lower is better for losses, distances and errors, higher for the rest."""
-    return not any(word in name.lower() for word in ("loss", "distance", "error"))

@@ -40,6 +40,9 @@ def test_a_headline_has_the_results_that_matter() -> None:
         "val_top1": 0.5,
         "a_lr_per_256": 0.1,
         "a_holdout_top1": 0.4,
+        "logistic_c": 1.0,
+        "knn_k": 20.0,
+        "linear_lr_per_256_layer_03": 0.1,
     }
     assert [result.name for result in choose_tiles(group_results(results))] == [
         "val_top1",
