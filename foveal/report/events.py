@@ -1,7 +1,8 @@
 """What happened in a run, as marks for its curves: attempts, refused updates, roll-backs, bad images."""
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,12 +73,24 @@ def read_events(record: RunRecord) -> Events:
     return Events({kind: _select(events) for kind, events in found.items() if events}, counts)
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file of lines that may be missing; lines that are none are left out."""
+def read_lines(
+    file: Path, max_bytes: int | None = None, is_wanted: Callable[[bytes], bool] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file of lines that may be missing; lines that are none are left out.
+
+    max_bytes: of its end that are read at most. is_wanted: whether a line is parsed.
+    """
     if not file.is_file():
         return
     with file.open("rb") as stream:
+        if max_bytes is not None and (start := stream.seek(0, os.SEEK_END) - max_bytes) > 0:
+            stream.seek(start - 1)
+            stream.readline()  # the rest of a line that began before
+        else:
+            stream.seek(0)
         for line in stream:
+            if is_wanted is not None and not is_wanted(line):
+                continue
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from foveal.errors import CheckpointError
 from foveal.redact import redact
 from foveal.report.charts import Chart
-from foveal.report.curves import read_curves
+from foveal.report.curves import Curves, read_curves
 from foveal.report.events import read_events
 from foveal.report.lineage import LineageNode, describe_lineage, shorten_path
 from foveal.report.nested import NestedRuns, read_nested
@@ -85,12 +85,15 @@ class RunSection:
         return tuple(chart for chart in (*self.training, *self.throughput, evaluation, nested) if chart is not None)
 
 
-def describe_run(record: RunRecord, anchor: str, page: Path, budget: PictureBudget) -> RunSection:
+def describe_run(
+    record: RunRecord, anchor: str, page: Path, budget: PictureBudget, curves: Curves | None = None
+) -> RunSection:
     """Return what a page says of a run; what cannot be read is a sentence of ``problems``.
 
-    page: the file that is written, from which links lead. Raises: CheckpointError if the run cannot be read at all.
+    page: the file that is written, from which links lead. curves: those of the run, if they are read already. Raises: CheckpointError if the run cannot be read at all.
     """
-    curves, events, problems = read_curves(record), read_events(record), list[str]()
+    curves = read_curves(record) if curves is None else curves
+    events, problems = read_events(record), list[str]()
     record = replace(record, finished=_check_finished(record.finished, problems))
     problems += [curves.problem] if curves.problem else []
     inputs, problem = read_inputs_or_problem(record)

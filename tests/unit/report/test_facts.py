@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hostile_run import SECRET
 from run_folders import write_lines, write_run
 
+from foveal.atomic import encode_json_lines
+from foveal.report import run_charts
 from foveal.report.charts import Curve, escape_text, tabulate_curves
 from foveal.report.curves import Curves
 from foveal.report.events import Events
@@ -119,6 +123,27 @@ def test_the_use_of_nodes_is_drawn(tmp_path: Path) -> None:
         "other",
     ]
     assert [(trace["name"], trace["y"]) for trace in charts[0].traces] == [("a", [80.0, 80.0]), ("b", [80.0, 80.0])]
+
+
+def test_of_very_many_nodes_the_end_of_the_file_and_eight_nodes_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    steps, nodes = range(1, 101), [f"n\u00f6de{number:03d}" for number in range(100)]
+    lines = [{"step": step, "time": 1.0, "node": node, "cpu": 50.0} for step in steps for node in nodes]
+    (run / "nodes.jsonl").write_bytes(encode_json_lines(lines))
+    monkeypatch.setattr(run_charts, "_MAX_NODE_BYTES", (run / "nodes.jsonl").stat().st_size // 2 - 5)
+    num_parsed, parse = 0, json.loads
+
+    def count(line: bytes) -> Any:
+        nonlocal num_parsed
+        num_parsed += 1
+        return parse(line)
+
+    monkeypatch.setattr(json, "loads", count)
+    (chart,) = draw_throughput(read_run(run), Curves(), Events({}, {}))
+    assert len(chart.traces) == 8 and {len(trace["x"]) for trace in chart.traces} <= {49, 50}
+    assert num_parsed < 8 * 50 + 20
 
 
 def test_an_evaluation_says_what_it_counts(tmp_path: Path) -> None:
