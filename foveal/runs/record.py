@@ -1,5 +1,7 @@
 """A run directory read from outside, while its run is under way or afterwards; nothing is written."""
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -168,10 +170,11 @@ def list_runs(folder: Path) -> list[Path]:
             runs.append(current)
             continue
         try:
-            children = [child for child in current.iterdir() if child.is_dir() and not child.is_symlink()]
+            with os.scandir(current) as entries:  # which knows the kind of each without asking for it
+                folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         except OSError:  # a folder of somebody else
             continue
-        pending += [child for child in children if not child.name.startswith(".")]
+        pending += [current / name for name in folders if not name.startswith(".")]
     return sorted(runs, key=_started_at)
 
 
@@ -185,7 +188,9 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def _started_at(run: Path) -> tuple[float, str]:
-    attempts = list_attempts(run)
+    attempts: list[AttemptRecord] = []
+    with contextlib.suppress(OSError):  # a folder of somebody else
+        attempts = list_attempts(run)
     return attempts[0].started_at if attempts else 0.0, str(run)
 
 
