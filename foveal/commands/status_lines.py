@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from foveal.quantities import format_count, format_duration
-from foveal.redact import redact
+from foveal.redact import printable
 from foveal.runs.best_result import SPREAD_SUFFIXES, BestResult
 from foveal.runs.live_status import NestedProgress, RunStatus
 from foveal.runs.overview import StageNotBegun
@@ -85,11 +85,6 @@ def format_metric(value: float) -> str:
 def format_path(path: Path) -> str:
     """Return a path as one line of text."""
     return printable(str(path))
-
-
-def printable(text: str) -> str:
-    """Return text without secrets and without what would move a terminal's cursor or end a line."""
-    return "".join(character if character.isprintable() else "?" for character in redact(text))
 
 
 def _state_lines(status: RunStatus, now: float) -> Lines:
