@@ -10,10 +10,10 @@ from typing import Any
 from foveal.atomic import read_json
 from foveal.errors import CheckpointError
 from foveal.report.charts import Chart, draw_dots
+from foveal.report.summary import STATE_WORDS
 from foveal.report.text import format_duration, format_number
-from foveal.runs.record import RunRecord
+from foveal.runs.record import RunRecord, state_after_end
 from foveal.runs.results import is_lower_better, is_result
-from foveal.tracking.tail import read_json_or_empty
 from foveal.training.lease import list_attempts
 
 _MAX_RUNS = 300
@@ -67,8 +67,8 @@ def _read_facts(folder: Path) -> tuple[str, dict[str, float], str]:
                 format_duration(finished.get("total_seconds")),
             )
         attempts = list_attempts(folder)
-        tags = read_json_or_empty(folder / "tags.json")
-        state = str(tags.get("state", "failed")) if attempts and attempts[-1].exit_code is not None else "not finished"
+        code = attempts[-1].exit_code if attempts else None
+        state = STATE_WORDS[state_after_end(code)] if code is not None else "not finished"
     except (CheckpointError, OSError):
         return "cannot be read", {}, ""
     return state, {}, ""

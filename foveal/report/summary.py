@@ -8,7 +8,6 @@ from foveal.redact import redact
 from foveal.renames import translate_metrics
 from foveal.report.curves import Curves
 from foveal.report.results import Result, group_results
-from foveal.report.settings import infer_stage
 from foveal.report.text import format_count, format_duration, format_number
 from foveal.runs.inputs import RunInputs
 from foveal.runs.record import RunRecord
@@ -79,7 +78,7 @@ def summarize(record: RunRecord, curves: Curves) -> Summary:
     state = find_state(record, None, time.time()).state
     return Summary(
         record.name,
-        record.stage or infer_stage(record.settings),
+        record.stage,
         STATE_WORDS[state],
         "good" if state in _GOOD else "bad" if state in _BAD else "open",
         redact(record.reason) if state not in ("finished", "running") else "",

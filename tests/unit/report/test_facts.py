@@ -18,7 +18,7 @@ from foveal.report.nested import read_nested
 from foveal.report.results import choose_tiles, draw_confusion, group_results, read_evaluation
 from foveal.report.run_charts import draw_throughput
 from foveal.report.series import Series
-from foveal.report.settings import infer_stage, read_settings
+from foveal.report.settings import read_settings
 from foveal.report.text import format_duration, format_number
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs
 from foveal.runs.record import read_run
@@ -82,9 +82,6 @@ def test_settings_without_a_stage_are_complete() -> None:
     read = read_settings({"seed": 0}, "")
     assert (read.science, read.machine, read.has_defaults) == ((), (), False)
     assert [setting.name for setting in read.complete] == ["seed"]
-    assert infer_stage({"mask_ratio": 0.75}) == "pretrain"
-    assert infer_stage({"teacher": "x", "student": "y"}) == "distill"
-    assert infer_stage({"pooling": "avg", "teacher": None}) == "finetune"
 
 
 def test_shared_ancestors_are_listed_once() -> None:
@@ -178,10 +175,13 @@ def test_trials_are_a_table_and_a_chart_by_arm(tmp_path: Path) -> None:
     for name, value in (("a-seed0-lr0.1", 0.5), ("a-seed1-lr0.1", 0.6), ("b-seed0-lr0.1", 0.7)):
         write_run(run / "trials" / name, stage="finetune", summary={"val_top1": value, "val_loss": 1.0})
     write_run(run / "trials" / "b-seed1-lr0.1", stage="finetune", attempts=[{"code": 1, "why": "broken"}])
+    left = write_run(run / "trials" / "c", stage="finetune", attempts=[{"code": 0, "why": "preempted"}])
+    (left / "tags.json").write_text('{"state": "running"}')  # of an attempt before
     nested = read_nested(read_run(run))
     assert nested is not None and nested.chart is not None
+    assert nested.rows[-1][:2] == ("c", "saved, to be continued")
     assert nested.columns == ("trial", "state", "val_top1", "val_loss", "time")
-    assert [row[:3] for row in nested.rows][-2:] == [
+    assert [row[:3] for row in nested.rows][-3:-1] == [
         ("b-seed0-lr0.1", "finished", "0.7"),
         ("b-seed1-lr0.1", "failed", ""),
     ]
