@@ -12,7 +12,7 @@ from foveal.redact import redact
 from foveal.report.charts import Chart
 from foveal.report.curves import Curves, read_curves
 from foveal.report.events import read_events
-from foveal.report.lineage import LineageNode, describe_lineage, shorten_path
+from foveal.report.lineage import LineageItem, describe_lineage, shorten_path
 from foveal.report.nested import NestedRuns, read_nested
 from foveal.report.pictures import PictureBudget, PictureStrip, collect_strips
 from foveal.report.results import Evaluation, Result, choose_tiles, read_evaluation
@@ -20,6 +20,7 @@ from foveal.report.run_charts import draw_throughput, draw_training, summarize_s
 from foveal.report.settings import Settings, read_settings
 from foveal.report.summary import Summary, describe_attempts, read_inputs_or_problem, summarize
 from foveal.runs.inputs import DatasetInput
+from foveal.runs.lineage import lineage_of_record
 from foveal.runs.record import RunRecord
 
 _STAGE_TITLES = {"pretrain": "Pretraining", "distill": "Distillation", "finetune": "Fine-tuning"}
@@ -58,7 +59,7 @@ class RunSection:
     nested: NestedRuns | None
     attempts: tuple[tuple[str, ...], ...]
     fork: tuple[str, ...]
-    lineage: tuple[LineageNode, ...]
+    lineage: tuple[LineageItem, ...]
     links: tuple[Link, ...]
     problems: tuple[str, ...] = field(default_factory=tuple)
 
@@ -136,7 +137,7 @@ def describe_run(
         read_nested(record),
         describe_attempts(record),
         tuple(redact(line) for line in fork),
-        describe_lineage(inputs, page) if inputs is not None else (),
+        describe_lineage(lineage_of_record(inputs), page) if inputs is not None else (),
         tuple(_collect_links(record, page)),
         tuple(redact(problem) for problem in problems),
     )

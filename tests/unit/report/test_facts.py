@@ -13,7 +13,7 @@ from foveal.report import run_charts
 from foveal.report.charts import Curve, escape_text, tabulate_curves
 from foveal.report.curves import Curves
 from foveal.report.events import Events
-from foveal.report.lineage import LineageNode, describe_lineage
+from foveal.report.lineage import LineageItem, describe_lineage
 from foveal.report.nested import read_nested
 from foveal.report.results import choose_tiles, draw_confusion, group_results, read_evaluation
 from foveal.report.run_charts import draw_throughput
@@ -21,6 +21,7 @@ from foveal.report.series import Series
 from foveal.report.settings import read_settings
 from foveal.report.text import format_duration, format_number
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs
+from foveal.runs.lineage import lineage_of_record
 from foveal.runs.record import read_run
 
 
@@ -89,9 +90,9 @@ def test_shared_ancestors_are_listed_once() -> None:
     for level in range(40):
         twice = tuple(ModelInput(role, f"/m{level}", str(level), "distill", 1, inputs) for role in ("init", "teacher"))
         inputs = RunInputs("", "distill", (), twice)
-    nodes = describe_lineage(inputs, Path("/report.html"))
+    nodes = describe_lineage(lineage_of_record(inputs), Path("/report.html"))
 
-    def count(found: tuple[LineageNode, ...]) -> int:
+    def count(found: tuple[LineageItem, ...]) -> int:
         return sum(1 + count(node.children) for node in found)
 
     assert count(nodes) < 100
