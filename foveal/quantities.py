@@ -13,7 +13,11 @@ def format_duration(seconds: float) -> str:
     return f"{total // 86400} d {total % 86400 // 3600} h"
 
 
+def pluralize(number: float, noun: str) -> str:
+    """Return a noun in the plural unless the number is 1."""
+    return noun if number == 1 else f"{noun}{'es' if noun.endswith('tch') else 's'}"
+
+
 def format_count(number: float, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is 1: 1 rank, 2 ranks, 2 microbatches, 0.5 epochs."""
-    ending = "" if number == 1 else "es" if noun.endswith("tch") else "s"
-    return f"{number if isinstance(number, int) else f'{number:g}'} {noun}{ending}"
+    return f"{number if isinstance(number, int) else f'{number:g}'} {pluralize(number, noun)}"

@@ -61,6 +61,11 @@ def redact(text: str) -> str:
     return _replace_secrets(redact_url_secrets(text), _environment_secrets())
 
 
+def printable(text: str) -> str:
+    """Return text without secrets and without what would move a terminal's cursor or end a line."""
+    return "".join(character if character.isprintable() else "?" for character in redact(text))
+
+
 def describe_secret_in_urls(text: str) -> str | None:
     """Return a description of the literal secret in a text's URLs; None without one, or for a variable reference."""
     for scheme, userinfo in _USER.findall(text):

@@ -35,6 +35,10 @@ class SlurmUnavailableError(Exception):
     """Slurm's command is missing here, or did not end in time."""
 
 
+class SlurmAccountingSilentError(SlurmUnavailableError):
+    """The accounting's command did not end in time; the controller may answer."""
+
+
 # --- this process: environment variables ---
 
 
@@ -405,15 +409,17 @@ def show_job_or_end(job_id: str, timeout_seconds: float) -> SlurmJobStatus | Non
     """Return a job as the controller describes it, or of one that it has forgotten the state in the accounting.
 
     None if Slurm does not say. ``timeout_seconds``: of each of two commands. Raises: SlurmUnavailableError without an
-    answer of the controller.
+    answer of the controller, its SlurmAccountingSilentError without one of the accounting.
     """
     if (job := show_job(job_id, timeout_seconds)) is not None:
         return job
+    if shutil.which("sacct") is None:  # a cluster without accounting
+        return None
     options = ["--allocations", "--noheader", "--parsable2", "--format=State,NodeList"]
     try:
         answer = _run("sacct", f"--jobs={job_id}", *options, timeout_seconds=timeout_seconds)
-    except SlurmUnavailableError:  # a cluster without accounting
-        return None
+    except SlurmUnavailableError as error:
+        raise SlurmAccountingSilentError(str(error)) from None
     # One line of each start: "CANCELLED by 0|node[1-2]".
     state, _, nodes = (answer.stdout.splitlines() or [""])[-1].partition("|")
     state = state.partition(" ")[0]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from foveal.atomic import read_json
 from foveal.errors import (
@@ -19,6 +20,7 @@ from foveal.errors import (
     TrainingHungError,
 )
 from foveal.quantities import format_duration
+from foveal.redact import printable
 from foveal.runs.results import is_result
 from foveal.training.lease import AttemptRecord, list_attempts
 from foveal.training.lease_holder import current_holder, get_liveness_and_reason
@@ -47,11 +49,11 @@ def attempts(run: Annotated[Path, typer.Argument(help="The run directory.")]) ->
     for column in ("attempt", "started", "ranks", "steps", "time", "code", "where"):
         table.add_column(column, justify="right" if column in ("ranks", "time", "code") else "left", overflow="fold")
     for record in records:
-        table.add_row(*_format_cells(record))
+        table.add_row(*(Text(printable(cell)) for cell in _format_cells(record)))
     console = Console(highlight=False)
     if (fork := read_fork(run)) is not None:
         for line in fork.summary_lines():
-            console.print(line, markup=False)
+            console.print(printable(line), markup=False)
     console.print(table)
     console.print()
     for record in records:
@@ -59,9 +61,8 @@ def attempts(run: Annotated[Path, typer.Argument(help="The run directory.")]) ->
         is_finish = is_last and record.exit_code == 0 and (run / "finished.json").exists()
         # Versions before 0.2 recorded no reason of an attempt that finished or reached run.stop_at_step.
         end = "finished" if is_finish and not record.reason else _describe_end(record, is_last=is_last)
-        console.print(
-            f"{record.number}: {end}{f' ({results})' if is_finish and results else ''}", markup=False, soft_wrap=True
-        )
+        words = f"{record.number}: {end}{f' ({results})' if is_finish and results else ''}"
+        console.print(printable(words), markup=False, soft_wrap=True)
 
 
 def _explain_no_attempts(folder: Path) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from foveal.errors import ConfigError, ExportError
-from foveal.redact import redact
+from foveal.redact import printable, redact
 from foveal.runs.descendants import Ancestor, Descendant, find_descendants
 from foveal.runs.inputs import DatasetInput, describe_roles
 from foveal.runs.lineage import FOREIGN_STAGE, build_lineage
@@ -67,7 +67,7 @@ def _show_tree(root: LineageNode, checks: list[DigestCheck] | None) -> None:
     for found in checks:
         reason = f" ({found.reason})" if found.reason else ""
         place = found.path or "no path"
-        console.print(Text(_plain(f"{found.verdict:<12}{found.digest[:_SHORT]}  {place}{reason}")), soft_wrap=True)
+        console.print(Text(printable(f"{found.verdict:<12}{found.digest[:_SHORT]}  {place}{reason}")), soft_wrap=True)
 
 
 def _build_tree(node: LineageNode) -> Tree:
@@ -95,17 +95,17 @@ def _describe_node(node: LineageNode, use: str = "") -> Group:
         "as above" if node.is_repeated else "",
     ]
     words = {"fork": "fork of", "": ""}.get(role, f"{role}:")
-    head = Text.assemble((f"{_plain(words)} " if words else "", "bold"), _plain(", ".join(filter(None, facts))))
+    head = Text.assemble((f"{printable(words)} " if words else "", "bold"), printable(", ".join(filter(None, facts))))
     lines = [head]
     if node.is_repeated:
         return Group(*lines)
     if node.results:
-        lines.append(Text(_plain(_format_results(node.results))))
+        lines.append(Text(printable(_format_results(node.results))))
     if place := node.path or node.run:
-        lines.append(Text(_plain(place), style="dim", overflow="fold"))
+        lines.append(Text(printable(place), style="dim", overflow="fold"))
     if node.evidence == "settings":
         lines.append(Text("its version recorded no inputs: from its settings", style="dim"))
-    lines += [Text(_plain(f"! {gap}"), style="yellow", overflow="fold") for gap in node.gaps]
+    lines += [Text(printable(f"! {gap}"), style="yellow", overflow="fold") for gap in node.gaps]
     return Group(*lines)
 
 
@@ -114,9 +114,9 @@ def _describe_dataset(dataset: DatasetInput) -> Group:
     used = f" ({dataset.num_used:,} used)" if dataset.num_used not in (0, dataset.num_images) else ""
     images = f"{dataset.num_images:,} images{used}" if dataset.num_images else ""
     facts = [dataset.name or "name not recorded", dataset.split, images, dataset.digest[:_SHORT]]
-    lines = [Text.assemble((f"{use}: ", "bold"), _plain(", ".join(filter(None, facts))))]
+    lines = [Text.assemble((f"{use}: ", "bold"), printable(", ".join(filter(None, facts))))]
     if dataset.path:
-        lines.append(Text(_plain(dataset.path), style="dim", overflow="fold"))
+        lines.append(Text(printable(dataset.path), style="dim", overflow="fold"))
     return Group(*lines)
 
 
@@ -135,28 +135,23 @@ def _show_descendants(path: Path, root: LineageNode, folder: Path, *, as_json: b
         for line in _describe_descendant(item, folder, console.width):
             console.print(line, soft_wrap=True)
     if not found:
-        console.print(Text(_plain(f"nothing in {folder} was made from it")), soft_wrap=True)
+        console.print(Text(printable(f"nothing in {folder} was made from it")), soft_wrap=True)
 
 
 def _describe_descendant(item: Descendant, folder: Path, width: int) -> Iterator[Text]:
     path, root = Path(item.path), folder.resolve()
-    yield Text(_plain(str(path.relative_to(root)) if path.is_relative_to(root) else item.path), style="bold")
+    yield Text(printable(str(path.relative_to(root)) if path.is_relative_to(root) else item.path), style="bold")
     facts = [item.stage or "run", "" if item.step is None else f"step {item.step}", item.sha256[:_SHORT]]
     for line in (
         f"{', '.join(filter(None, facts))}; the model is its {describe_roles(item.roles)}",
         _format_results(item.results),
     ):
-        for part in textwrap.wrap(_plain(line), width - len(_INDENT)):
+        for part in textwrap.wrap(printable(line), width - len(_INDENT)):
             yield Text(f"{_INDENT}{part}")
 
 
 def _format_results(results: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in results.items())
-
-
-def _plain(text: str) -> str:
-    """Return a text without secrets, and without control characters, which a terminal would obey."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in redact(text))
 
 
 def _print_json(value: Any) -> None:

@@ -13,9 +13,10 @@ from rich.text import Text
 from foveal.atomic import format_bytes
 from foveal.commands.status import STYLES, find_default_folder, name_in
 from foveal.commands.status_json import encode_best, replace_nonfinite
-from foveal.commands.status_lines import describe_best, describe_position, describe_state, printable
+from foveal.commands.status_lines import describe_best, describe_position, describe_state
 from foveal.errors import CheckpointError, ConfigError
 from foveal.quantities import format_duration
+from foveal.redact import printable
 from foveal.runs.job_lookup import JobLookup
 from foveal.runs.listing import ListedRun, RunListing, list_with_status, sort_runs
 from foveal.runs.live_status import RunStatus

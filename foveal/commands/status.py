@@ -22,10 +22,10 @@ from foveal.commands.status_lines import (
     describe_status,
     format_age_coarsely,
     format_path,
-    printable,
 )
 from foveal.errors import CheckpointError, ConfigError
 from foveal.quantities import format_duration
+from foveal.redact import printable
 from foveal.runs.job_lookup import JobLookup
 from foveal.runs.live_status import RunStatus
 from foveal.runs.overview import Overview, read_overview

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from foveal.quantities import format_count, format_duration
-from foveal.redact import redact
+from foveal.redact import printable
 from foveal.runs.best_result import SPREAD_SUFFIXES, BestResult
 from foveal.runs.live_status import NestedProgress, RunStatus
 from foveal.runs.overview import StageNotBegun
+from foveal.runs.results import is_chosen
 from foveal.slurm import SlurmJobStatus
 
 _MAX_RESULTS = 6
@@ -86,11 +87,6 @@ def format_path(path: Path) -> str:
     return printable(str(path))
 
 
-def printable(text: str) -> str:
-    """Return text without secrets and without what would move a terminal's cursor or end a line."""
-    return "".join(character if character.isprintable() else "?" for character in redact(text))
-
-
 def _state_lines(status: RunStatus, now: float) -> Lines:
     attempt = f"attempt {status.num_attempts}" if status.num_attempts else ""
     ranks = f"{format_count(status.num_ranks, 'rank')} on {status.host}" if status.num_ranks else ""
@@ -156,7 +152,9 @@ def _result_lines(status: RunStatus) -> Lines:
 
 
 def _format_results(results: Mapping[str, float]) -> str:
-    results = {name: value for name, value in results.items() if not name.endswith(SPREAD_SUFFIXES)}
+    results = {
+        name: value for name, value in results.items() if not name.endswith(SPREAD_SUFFIXES) and not is_chosen(name)
+    }
     shown = [f"{name} {format_metric(value)}" for name, value in list(results.items())[:_MAX_RESULTS]]
     more = len(results) - len(shown)
     return ", ".join([*shown, *([f"{more} more in metrics.jsonl"] if more > 0 else [])])

@@ -8,14 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from foveal.atomic import write_json
-from foveal.errors import AttemptSupersededError, CheckpointError, ConfigError, FovealError, TrainingDivergedError
+from foveal.errors import CheckpointError, ConfigError, FovealError
 from foveal.renames import translate_settings
+from foveal.runs.record import state_after_end
 from foveal.strict_yaml import read_yaml
 from foveal.tracking import build_uploader, keep_store_of_run
 from foveal.tracking.nested import list_nested
 from foveal.tracking.sqlite_store import parse_sqlite_path
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
-from foveal.tracking.tracker import AttemptState, TrackingConfig
+from foveal.tracking.tracker import TrackingConfig
 from foveal.training.lease import list_attempts
 
 _log = logging.getLogger(__name__)
@@ -96,10 +97,6 @@ def _record_attempt_end(run: Path) -> None:
     tags = read_json_or_empty(file)
     if tags.get("state") != "running" or not records or records[-1].reason is None:
         return
-    states: dict[int | None, AttemptState] = {
-        0: "saved-and-left",
-        TrainingDivergedError.exit_code: "diverged",
-        AttemptSupersededError.exit_code: "superseded",
-    }
-    state = "finished" if (run / "finished.json").exists() else states.get(records[-1].exit_code, "failed")
+    code = records[-1].exit_code
+    state = "finished" if (run / "finished.json").exists() else state_after_end(1 if code is None else code)
     write_json(file, tags | {"state": state, "why_stopped": records[-1].reason})

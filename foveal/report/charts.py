@@ -11,7 +11,8 @@ from typing import Any
 
 from foveal.report.events import Event, EventKind, Events
 from foveal.report.series import Series
-from foveal.report.text import format_count, format_number, is_higher_better
+from foveal.report.text import format_count, format_number
+from foveal.runs.results import is_lower_better
 
 # Each with a contrast of at least 3:1 on the light and on the dark page.
 PALETTE = ("#2f7fd1", "#c8641b", "#2b9168", "#a05cc4", "#c4487c", "#8a7a1f", "#1d8c9c", "#7d7d86")
@@ -63,7 +64,7 @@ class Curve:
     @property
     def is_higher_better(self) -> bool:
         """The direction of the metric."""
-        return is_higher_better(self.metric or self.name)
+        return not is_lower_better(self.metric or self.name)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from foveal.redact import printable
 from foveal.report.compare import Comparison, Row, compare_runs, write_comparison
 from foveal.report.report import REPORT_FILE, write_report
 
@@ -56,5 +57,5 @@ def _format_table(title: str, comparison: Comparison, rows: tuple[Row, ...]) -> 
 
 
 def _fit(cell: str) -> str:
-    flat = " ".join(cell.split())
+    flat = printable(" ".join(cell.split()))
     return flat if len(flat) <= _CELL_WIDTH else f"{flat[: _CELL_WIDTH - 1]}…"

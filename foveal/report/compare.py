@@ -15,8 +15,8 @@ from foveal.report.results import Result
 from foveal.report.section import link_to
 from foveal.report.settings import format_setting, list_kinds
 from foveal.report.summary import Summary, summarize
-from foveal.report.text import is_higher_better
 from foveal.runs.record import RunRecord, read_run
+from foveal.runs.results import is_lower_better
 
 _ABSENT = "-"  # a setting that a run does not have
 _NO_DIFFERENCES = ("run.dir", "run.pipeline", "run.fresh")
@@ -123,7 +123,7 @@ def compare_results(summaries: Sequence[Summary]) -> tuple[Row, ...]:
         values = [results[name].value if name in results else None for results in found]
         cells = tuple(_result_cell(results[name]) if name in results else _ABSENT for results in found)
         is_chosen = any(name in results and results[name].is_chosen for results in found)
-        is_comparable = not is_chosen and (is_one_stage or is_higher_better(name))
+        is_comparable = not is_chosen and (is_one_stage or not is_lower_better(name))
         rows.append(Row(name, cells, find_best(name, values) if is_comparable else ()))
     return tuple(rows)
 
@@ -133,7 +133,7 @@ def find_best(name: str, values: Sequence[float | None]) -> tuple[int, ...]:
     known = [value for value in values if value is not None and math.isfinite(value)]
     if len(known) < 2 or len(set(known)) == 1:
         return ()
-    best = max(known) if is_higher_better(name) else min(known)
+    best = min(known) if is_lower_better(name) else max(known)
     return tuple(at for at, value in enumerate(values) if value == best)
 
 

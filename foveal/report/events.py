@@ -1,11 +1,13 @@
 """What happened in a run, as marks for its curves: attempts, refused updates, roll-backs, bad images."""
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from foveal.report.text import format_count
 from foveal.runs.record import RunRecord
 
 EventKind = Literal["attempt", "refused", "roll-back", "bad images"]
@@ -32,10 +34,10 @@ class Events:
         """Return what happened, in a sentence; "" for a run without incidents."""
         refused, rollbacks, bad = (self.counts.get(kind, 0) for kind in ("refused", "roll-back", "bad images"))
         parts = [
-            _count(self.counts.get("attempt", 0), "attempt") if self.counts.get("attempt", 0) > 1 else "",
-            _count(refused, "refused update") if refused else "",
-            _count(rollbacks, "roll-back") if rollbacks else "",
-            f"{_count(bad, 'image')} that did not decode" if bad else "",
+            format_count(self.counts.get("attempt", 0), "attempt") if self.counts.get("attempt", 0) > 1 else "",
+            format_count(refused, "refused update") if refused else "",
+            format_count(rollbacks, "roll-back") if rollbacks else "",
+            f"{format_count(bad, 'image')} that did not decode" if bad else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -64,7 +66,8 @@ def read_events(record: RunRecord) -> Events:
         if _is_number(entry.get("step")):
             bad[int(entry["step"])] = bad.get(int(entry["step"]), 0) + 1
     found["bad images"] = [
-        Event(step, "bad images", f"{_count(number, 'image')} did not decode") for step, number in sorted(bad.items())
+        Event(step, "bad images", f"{format_count(number, 'image')} did not decode")
+        for step, number in sorted(bad.items())
     ]
     counts: dict[EventKind, int] = {kind: len(events) for kind, events in found.items() if events}
     if bad:
@@ -72,12 +75,24 @@ def read_events(record: RunRecord) -> Events:
     return Events({kind: _select(events) for kind, events in found.items() if events}, counts)
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file of lines that may be missing; lines that are none are left out."""
+def read_lines(
+    file: Path, max_bytes: int | None = None, is_wanted: Callable[[bytes], bool] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file of lines that may be missing; lines that are none are left out.
+
+    max_bytes: of its end that are read at most. is_wanted: whether a line is parsed.
+    """
     if not file.is_file():
         return
     with file.open("rb") as stream:
+        if max_bytes is not None and (start := stream.seek(0, os.SEEK_END) - max_bytes) > 0:
+            stream.seek(start - 1)
+            stream.readline()  # the rest of a line that began before
+        else:
+            stream.seek(0)
         for line in stream:
+            if is_wanted is not None and not is_wanted(line):
+                continue
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
@@ -100,7 +115,3 @@ def _select(events: list[Event]) -> tuple[Event, ...]:
     if len(events) <= _MAX_EVENTS:
         return tuple(events)
     return tuple(events[round(at * (len(events) - 1) / (_MAX_EVENTS - 1))] for at in range(_MAX_EVENTS))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -10,10 +10,10 @@ from typing import Any
 from foveal.atomic import read_json
 from foveal.errors import CheckpointError
 from foveal.report.charts import Chart, draw_dots
-from foveal.report.text import format_duration, format_number, is_higher_better
-from foveal.runs.record import RunRecord
-from foveal.runs.results import is_result
-from foveal.tracking.tail import read_json_or_empty
+from foveal.report.summary import STATE_WORDS
+from foveal.report.text import format_duration, format_number
+from foveal.runs.record import RunRecord, state_after_end
+from foveal.runs.results import is_lower_better, is_result
 from foveal.training.lease import list_attempts
 
 _MAX_RUNS = 300
@@ -40,9 +40,7 @@ def read_nested(record: RunRecord) -> NestedRuns | None:
     facts = {folder: _read_facts(folder) for folder in folders[:_MAX_RUNS]}
     names = list(dict.fromkeys(name for _, results, _ in facts.values() for name in results))
     # What a trial was chosen by, then the evaluation; a loss is the last.
-    names = sorted(names, key=lambda name: (not is_higher_better(name), not name.startswith(("val", "fold"))))[
-        :_MAX_COLUMNS
-    ]
+    names = sorted(names, key=lambda name: (is_lower_better(name), not name.startswith(("val", "fold"))))[:_MAX_COLUMNS]
     rows = tuple(
         (folder.name, state, *(format_number(results[name]) if name in results else "" for name in names), duration)
         for folder, (state, results, duration) in facts.items()
@@ -69,8 +67,8 @@ def _read_facts(folder: Path) -> tuple[str, dict[str, float], str]:
                 format_duration(finished.get("total_seconds")),
             )
         attempts = list_attempts(folder)
-        tags = read_json_or_empty(folder / "tags.json")
-        state = str(tags.get("state", "failed")) if attempts and attempts[-1].exit_code is not None else "not finished"
+        code = attempts[-1].exit_code if attempts else None
+        state = STATE_WORDS[state_after_end(code)] if code is not None else "not finished"
     except (CheckpointError, OSError):
         return "cannot be read", {}, ""
     return state, {}, ""

@@ -8,11 +8,11 @@ from typing import Any
 from foveal.atomic import read_json
 from foveal.errors import CheckpointError
 from foveal.report.charts import Chart, escape_text
-from foveal.report.text import format_number, is_higher_better
+from foveal.report.text import format_number
 from foveal.runs.record import RunRecord
+from foveal.runs.results import is_chosen, is_lower_better
 
 _SPREAD = ("_mean", "_std", "_lowest", "_highest")
-_CHOSEN = ("lr_per_256", "temperature")  # not how good a model is, but what was chosen for it
 _MAX_TILES = 4
 _MAX_MATRIX_CLASSES = 100
 _MAX_CLASS_ROWS = 1000
@@ -30,7 +30,7 @@ class Result:
     @property
     def is_chosen(self) -> bool:
         """Whether the number is a choice, such as of a learning rate, and no result."""
-        return self.name.endswith(_CHOSEN)
+        return is_chosen(self.name)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def choose_tiles(results: Sequence[Result]) -> tuple[Result, ...]:
         key=lambda result: (
             not result.spread,
             result.name.startswith("train_"),
-            not is_higher_better(result.name),
+            is_lower_better(result.name),
             not result.name.startswith("val"),
         ),
     )

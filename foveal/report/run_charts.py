@@ -1,14 +1,16 @@
 """The charts of a run: loss, learning rate, evaluations, gradient norm, throughput, waits, ranks, nodes."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from foveal.report.charts import MAX_TRACES, Axes, Chart, Curve, draw_curves
 from foveal.report.curves import Curves
 from foveal.report.events import Events, read_lines
 from foveal.report.series import Series
-from foveal.report.text import is_higher_better
 from foveal.runs.record import RunRecord
+from foveal.runs.results import is_lower_better
 
 _TIMES = ("_ms", "_seconds", "_gigabytes", "_gib")
 # Of a training step, and in a chart of their own or in none.
@@ -23,6 +25,7 @@ _NODE_METRICS = (  # those that say most of a training, in this order
     "network_receive_megabytes_per_second",
 )
 _MAX_NODE_METRICS, _MAX_READ_NODE_METRICS = 6, 32
+_MAX_NODE_BYTES = 64 << 20  # of nodes.jsonl: days of a hundred nodes
 
 
 def draw_training(curves: Curves, events: Events) -> list[Chart]:
@@ -140,17 +143,12 @@ def _draw_norm(steps: dict[str, Series], events: Events) -> Chart | None:
 def _node_charts(record: RunRecord) -> list[Chart | None]:
     """Return a chart for each of the most telling metrics of nodes.jsonl, with a curve for each node."""
     metrics: dict[str, dict[str, Series]] = {}
-    for entry in read_lines(record.path / "nodes.jsonl"):
-        if type(entry.get("step")) is not int:
-            continue
-        node = str(entry.get("node", ""))
+    for entry in _node_lines(record.path / "nodes.jsonl"):
         for name, value in entry.items():
             number = None if name in _NO_NODE_METRICS else _mean_of(value)
             if number is None or (name not in metrics and len(metrics) >= _MAX_READ_NODE_METRICS):
                 continue
-            nodes = metrics.setdefault(name, {})
-            if node in nodes or len(nodes) < MAX_TRACES:
-                nodes.setdefault(node, Series()).add(entry["step"], number)
+            metrics.setdefault(name, {}).setdefault(str(entry.get("node", "")), Series()).add(entry["step"], number)
     telling = sorted(
         metrics, key=lambda name: _NODE_METRICS.index(name) if name in _NODE_METRICS else len(_NODE_METRICS)
     )
@@ -163,6 +161,23 @@ def _node_charts(record: RunRecord) -> list[Chart | None]:
         )
         for number, name in enumerate(telling[:_MAX_NODE_METRICS])
     ]
+
+
+def _node_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the nodes that are drawn, the first that are seen, from the end of a file that may be very long.
+
+    The lines of other nodes, of which there may be hundreds, are not parsed.
+    """
+    names: dict[str, bytes] = {}  # with the name as JSON has it
+
+    def is_wanted(line: bytes) -> bool:
+        return len(names) < MAX_TRACES or any(name in line for name in names.values())
+
+    for entry in read_lines(file, _MAX_NODE_BYTES, is_wanted):
+        node = str(entry.get("node", ""))
+        if type(entry.get("step")) is int and (node in names or len(names) < MAX_TRACES):
+            names.setdefault(node, json.dumps(node, ensure_ascii=False).encode())
+            yield entry
 
 
 def _mean_of(value: Any) -> float | None:
@@ -178,7 +193,7 @@ def _pick(steps: dict[str, Series], name: str) -> list[Curve]:
 
 def _sorted(metrics: dict[str, Series], *, is_loss: bool) -> list[str]:
     """Return the names of losses, or of the others; ``loss`` first, then the order of logging."""
-    names = [name for name in metrics if is_higher_better(name) != is_loss]
+    names = [name for name in metrics if is_lower_better(name) == is_loss]
     return sorted(names, key=lambda name: name not in ("loss", "val_loss"))
 
 

@@ -10,9 +10,9 @@ from urllib.parse import quote
 from foveal.errors import CheckpointError
 from foveal.redact import redact
 from foveal.report.charts import Chart
-from foveal.report.curves import read_curves
+from foveal.report.curves import Curves, read_curves
 from foveal.report.events import read_events
-from foveal.report.lineage import LineageNode, describe_lineage, shorten_path
+from foveal.report.lineage import LineageItem, describe_lineage, shorten_path
 from foveal.report.nested import NestedRuns, read_nested
 from foveal.report.pictures import PictureBudget, PictureStrip, collect_strips
 from foveal.report.results import Evaluation, Result, choose_tiles, read_evaluation
@@ -20,6 +20,7 @@ from foveal.report.run_charts import draw_throughput, draw_training, summarize_s
 from foveal.report.settings import Settings, read_settings
 from foveal.report.summary import Summary, describe_attempts, read_inputs_or_problem, summarize
 from foveal.runs.inputs import DatasetInput
+from foveal.runs.lineage import lineage_of_record
 from foveal.runs.record import RunRecord
 
 _STAGE_TITLES = {"pretrain": "Pretraining", "distill": "Distillation", "finetune": "Fine-tuning"}
@@ -58,7 +59,7 @@ class RunSection:
     nested: NestedRuns | None
     attempts: tuple[tuple[str, ...], ...]
     fork: tuple[str, ...]
-    lineage: tuple[LineageNode, ...]
+    lineage: tuple[LineageItem, ...]
     links: tuple[Link, ...]
     problems: tuple[str, ...] = field(default_factory=tuple)
 
@@ -85,12 +86,15 @@ class RunSection:
         return tuple(chart for chart in (*self.training, *self.throughput, evaluation, nested) if chart is not None)
 
 
-def describe_run(record: RunRecord, anchor: str, page: Path, budget: PictureBudget) -> RunSection:
+def describe_run(
+    record: RunRecord, anchor: str, page: Path, budget: PictureBudget, curves: Curves | None = None
+) -> RunSection:
     """Return what a page says of a run; what cannot be read is a sentence of ``problems``.
 
-    page: the file that is written, from which links lead. Raises: CheckpointError if the run cannot be read at all.
+    page: the file that is written, from which links lead. curves: those of the run, if they are read already. Raises: CheckpointError if the run cannot be read at all.
     """
-    curves, events, problems = read_curves(record), read_events(record), list[str]()
+    curves = read_curves(record) if curves is None else curves
+    events, problems = read_events(record), list[str]()
     record = replace(record, finished=_check_finished(record.finished, problems))
     problems += [curves.problem] if curves.problem else []
     inputs, problem = read_inputs_or_problem(record)
@@ -133,7 +137,7 @@ def describe_run(record: RunRecord, anchor: str, page: Path, budget: PictureBudg
         read_nested(record),
         describe_attempts(record),
         tuple(redact(line) for line in fork),
-        describe_lineage(inputs, page) if inputs is not None else (),
+        describe_lineage(lineage_of_record(inputs), page) if inputs is not None else (),
         tuple(_collect_links(record, page)),
         tuple(redact(problem) for problem in problems),
     )
@@ -146,7 +150,7 @@ def link_to(target: Path, page: Path) -> str:
 
 def _check_finished(finished: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return what finished.json says, without values of a wrong type, which a hand may have written."""
-    kinds = {"summary": dict, "notes": list, "seconds": int | float, "total_seconds": int | float}
+    kinds = {"notes": list, "seconds": int | float, "total_seconds": int | float}
     wrong = [name for name, kind in kinds.items() if name in finished and not isinstance(finished[name], kind)]
     if wrong:
         problems.append(f"finished.json is damaged: {', '.join(wrong)}")

@@ -160,5 +160,17 @@ class Series:
         self._buckets = merged
 
     def _drop_after(self, step: int) -> None:
+        """Forget the rows from a step on, with the other rows of its bucket, of which one value cannot be told."""
         while self._buckets and self._buckets[-1].last_step >= step:
             del self._buckets[-1]
+        end = self._buckets[-1].last_step if self._buckets else -1
+        lows = [bucket.low for bucket in self._buckets if bucket.low is not None]
+        highs = [bucket.high for bucket in self._buckets if bucket.high is not None]
+        self.num_values = sum(bucket.num_rows for bucket in self._buckets)
+        self.num_nonfinite = self.num_values - sum(bucket.num_finite for bucket in self._buckets)
+        self.first = self.first if self.first is not None and self.first[0] <= end else None
+        self.last = max([*lows[-1:], *highs[-1:]], default=None)  # of a bucket of several rows, one of its extremes
+        self.lowest = min(lows, key=lambda pair: pair[1], default=None)
+        self.highest = max(highs, key=lambda pair: pair[1], default=None)
+        is_nonfinite_left = self.first_nonfinite_step is not None and self.first_nonfinite_step <= end
+        self.first_nonfinite_step = self.first_nonfinite_step if is_nonfinite_left else None

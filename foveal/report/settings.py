@@ -77,15 +77,6 @@ def _round(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def infer_stage(settings: Mapping[str, Any]) -> str:
-    """Return the stage of a run of a version that did not record it, from a setting that only this stage has."""
-    names = set(settings) | {name.partition(".")[0] for name in settings}
-    for name, stage in (("mask_ratio", "pretrain"), ("teacher", "distill"), ("pooling", "finetune")):
-        if name in names and not (name == "teacher" and "pooling" in names):
-            return stage
-    return ""
-
-
 def _read_docs(stage: str) -> dict[str, SettingDoc]:
     """Return the definitions of a stage's settings by dotted name; a section's own are those of the section."""
     if stage not in _STAGES:

@@ -8,15 +8,16 @@ from foveal.redact import redact
 from foveal.renames import translate_metrics
 from foveal.report.curves import Curves
 from foveal.report.results import Result, group_results
-from foveal.report.settings import infer_stage
 from foveal.report.text import format_count, format_duration, format_number
 from foveal.runs.inputs import RunInputs
 from foveal.runs.record import RunRecord
 from foveal.runs.results import is_result
+from foveal.runs.run_state import StatusState, find_state
 from foveal.training.lease import AttemptRecord
 
-STATE_WORDS = {
+STATE_WORDS: dict[StatusState, str] = {
     "running": "running",
+    "waiting": "waiting to be started again",
     "unknown": "no record of its end",
     "killed": "killed",
     "finished": "finished",
@@ -74,17 +75,17 @@ class Summary:
 
 def summarize(record: RunRecord, curves: Curves) -> Summary:
     """Return the facts of a run."""
-    state = record.state
+    state = find_state(record, None, time.time()).state
     return Summary(
         record.name,
-        record.stage or infer_stage(record.settings),
-        STATE_WORDS.get(state, state),
+        record.stage,
+        STATE_WORDS[state],
         "good" if state in _GOOD else "bad" if state in _BAD else "open",
         redact(record.reason) if state not in ("finished", "running") else "",
         curves.last_step,
         record.plan.total_steps if record.plan is not None else None,
         record.plan.num_runs if record.plan is not None else max(1, len(record.nested)),
-        sum_seconds(record),
+        sum_seconds(record, is_running=state == "running"),
         mean_speed(record, curves),
         len(record.attempts),
         group_results(read_results(record, curves)),
@@ -99,12 +100,12 @@ def read_results(record: RunRecord, curves: Curves) -> dict[str, float]:
     return {name: series.last[1] for name, series in curves.evaluations.items() if series.last is not None}
 
 
-def sum_seconds(record: RunRecord) -> float | None:
+def sum_seconds(record: RunRecord, *, is_running: bool) -> float | None:
     """Return the seconds of all attempts; of the newest one up to now while it runs, None if nothing is known."""
     if isinstance(total := record.finished.get("total_seconds"), int | float):
         return float(total)
     seconds = [attempt.duration_seconds for attempt in record.attempts if attempt.duration_seconds is not None]
-    if record.state == "running":
+    if is_running:
         seconds.append(max(0.0, time.time() - record.attempts[-1].started_at))
     return sum(seconds) if seconds else None
 
@@ -142,7 +143,7 @@ def _describe_attempt(attempt: AttemptRecord, record: RunRecord, *, is_last: boo
     if attempt.exit_code is not None:
         end = attempt.reason or ("finished" if attempt.exit_code == 0 else "")
     else:
-        end = STATE_WORDS[record.state] if is_last else "killed, or its node was lost"
+        end = STATE_WORDS[find_state(record, None, time.time()).state] if is_last else "killed, or its node was lost"
     job = f"job {holder.job} on " if holder is not None and holder.job else ""
     steps = "" if attempt.start_step is None else f"{attempt.start_step:,} to "
     return (

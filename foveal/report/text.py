@@ -1,7 +1,9 @@
-"""Numbers, durations and directions as a reader sees them."""
+"""Numbers and durations as a reader sees them."""
 
 import math
 from typing import Any
+
+from foveal import quantities
 
 
 def format_number(value: Any) -> str:
@@ -19,24 +21,12 @@ def format_number(value: Any) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Return a duration in its two largest units: 42 s, 5 min 12 s, 3 h 20 min, 2 d 5 h; "" if unknown."""
+    """Return a duration in its two largest units, below 10 s with a tenth; "" if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return ""
-    total = round(seconds)
-    if total < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{total} s"
-    if total < 3600:
-        return f"{total // 60} min {total % 60} s"
-    if total < 86400:
-        return f"{total // 3600} h {total % 3600 // 60} min"
-    return f"{total // 86400} d {total % 86400 // 3600} h"
+    return f"{seconds:.1f} s" if seconds < 10 else quantities.format_duration(seconds)
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is 1."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('tch') else 's'}"
-
-
-def is_higher_better(name: str) -> bool:
-    """Return the direction of a logged metric: lower is better for losses, distances and errors, higher for the rest."""
-    return not any(word in name.lower() for word in ("loss", "distance", "error"))
+    """Return a number, thousands separated, with its noun, in the plural unless it is 1."""
+    return f"{number:,} {quantities.pluralize(number, noun)}"

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.renames import translate_metrics
-from foveal.runs.results import is_result
+from foveal.runs.results import is_chosen, is_lower_better, is_result
 from foveal.training.evaluations import Metric, find_best_step
 
 _SELECTION_SETTING = "early_stopping.metric"
 _ARM_SETTINGS = "trials.arms."
-# Of a comparison's results: the spread of a metric and the chosen rate say nothing without the metric.
-SPREAD_SUFFIXES = ("_lowest", "_highest", "_std", "_lr_per_256")
-_LOWER_IS_BETTER_ENDINGS = ("loss", "distance", "error", "mse")
+SPREAD_SUFFIXES = ("_lowest", "_highest", "_std")  # of a comparison's results; nothing without the metric
+_MEAN, _FOLD, _FOLDS_SETTING = "_mean", "fold_", "cross_validation.count"
 _USUAL_METRICS = ("mAP", "miou", "top1")  # by which models of a task are usually compared
 
 
@@ -40,6 +39,8 @@ def find_best_result(
     summary = translate_metrics(finished.get("summary", {}))
     results = {name: value for name, value in summary.items() if is_result(name, value)}
     results = {name: value for name, value in results.items() if name == "loss" or name not in training_names}
+    if settings.get(_FOLDS_SETTING) is not None:
+        return _find_mean_of_folds(results)
     if (best_arm := _find_best_arm(settings, results)) is not None:
         return best_arm
     metric = choose_metric(settings, [*evaluations.values(), results])
@@ -54,6 +55,16 @@ def find_best_result(
             known[int(step)] = {metric.name: summary[metric.name]}
     best = find_best_step(known, metric)
     return BestResult(metric.name, known[best][metric.name], None if best < 0 else best, metric.higher_is_better)
+
+
+def _find_mean_of_folds(results: Mapping[str, float]) -> BestResult | None:
+    """Return the mean over the folds of a cross-validation; None before the last fold. A single fold says little."""
+    means = {name.removesuffix(_MEAN): value for name, value in results.items() if name.endswith(_MEAN)}
+    folds = {name: value for name, value in means.items() if name.startswith(_FOLD)}
+    metric = choose_metric({}, [folds or means])
+    if metric is None:
+        return None
+    return BestResult(f"{metric.name}{_MEAN}", means[metric.name], None, metric.higher_is_better)
 
 
 def _find_best_arm(settings: Mapping[str, Any], results: Mapping[str, float]) -> BestResult | None:
@@ -82,7 +93,10 @@ def choose_metric(settings: Mapping[str, Any], results: Iterable[Mapping[str, An
             name
             for each in results
             for name, value in each.items()
-            if _is_number(value) and name not in ("step", "best_step") and not name.endswith(SPREAD_SUFFIXES)
+            if _is_number(value)
+            and name not in ("step", "best_step")
+            and not name.endswith(SPREAD_SUFFIXES)
+            and not is_chosen(name)
         )
     )
     selected = settings.get(_SELECTION_SETTING)
@@ -94,11 +108,6 @@ def choose_metric(settings: Mapping[str, Any], results: Iterable[Mapping[str, An
 def _rank_metric(name: str) -> tuple[bool, bool, bool]:
     is_of_training = name.startswith("train_") or name == "loss"
     return is_of_training, is_lower_better(name), not name.endswith(_USUAL_METRICS)
-
-
-def is_lower_better(name: str) -> bool:
-    """Whether a lower value of a logged metric is better: losses and errors."""
-    return name.endswith(_LOWER_IS_BETTER_ENDINGS)
 
 
 def _is_number(value: Any) -> bool:

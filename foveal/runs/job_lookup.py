@@ -2,7 +2,14 @@
 
 from collections.abc import Callable
 
-from foveal.slurm import SlurmJobStatus, SlurmUnavailableError, read_slurm_config, show_job_or_end
+from foveal.slurm import (
+    SlurmAccountingSilentError,
+    SlurmJobStatus,
+    SlurmUnavailableError,
+    read_slurm_config,
+    show_job,
+    show_job_or_end,
+)
 from foveal.training.lease_holder import LeaseHolder
 
 _TIMEOUT_SECONDS = 5.0  # of a command: a controller without answer must not hold a display
@@ -10,10 +17,10 @@ _MAX_JOBS = 100  # of one look: a command takes ten milliseconds, and more on a 
 
 
 class JobLookup:
-    """Asks Slurm for each job once. After a command without answer nothing is asked any more."""
+    """Asks Slurm for each job once. After a command without answer nothing of it is asked any more."""
 
     def __init__(self, show: Callable[[str, float], SlurmJobStatus | None] = show_job_or_end) -> None:
-        self._show = show
+        self._show: Callable[[str, float], SlurmJobStatus | None] = show
         self._jobs: dict[str, SlurmJobStatus | None] = {}
         self._cluster: str | None = None  # not asked yet
         self._is_available = True
@@ -31,6 +38,9 @@ class JobLookup:
         if job_id not in self._jobs and self._is_available and len(self._jobs) < _MAX_JOBS:
             try:
                 self._jobs[job_id] = self._show(job_id, _TIMEOUT_SECONDS)
+            except SlurmAccountingSilentError:
+                self._jobs[job_id] = None
+                self._show = show_job  # the controller alone
             except SlurmUnavailableError:
                 self._is_available = False
         return self._jobs.get(job_id)

@@ -1,6 +1,7 @@
 """The lineage of an export or run: from recorded inputs; where a version recorded none, from cards and runs still there."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,8 @@ class _Builder:
         run, step = Path(node.path), node.step or 0
         try:
             if not is_run(run):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    (run / "config.yaml").stat()  # raises for a folder of somebody else
                 nothing = f"there is no run at {run} any more"
                 return _with_gap(node, f"missing: what it was made from is not recorded, and {nothing}")
             if not has_checkpoint(run, step, node.sha256):

@@ -1,5 +1,6 @@
 """The runs in a folder at a time, and the stages of its pipelines that have not begun."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +48,17 @@ class Overview:
             is_uncertain = (
                 run.state == "unknown" and now - (run.last_sign_at or run.started_at or 0.0) < _UNKNOWN_SECONDS
             )
-            if run.state in _LIVE_STATES or is_uncertain:
+            # A preemption: the attempt has ended before its job is back in the queue.
+            is_requeued = run.state == "saved-and-left" and run.job is not None and run.job.has_processes
+            if run.state in _LIVE_STATES or is_uncertain or is_requeued:
                 return True
         if any(stage.job is not None and (stage.job.is_pending or stage.job.has_processes) for stage in self.not_begun):
             return True
         # A pipeline on one machine starts its next stage some seconds after the one before has finished.
         is_chain = any(stage.planned.job is None for stage in self.not_begun)
-        return is_chain and all(run.state == "finished" for run in self.runs)
+        last_sign_at = max((_find_last_sign(run) for run in self.runs), default=now)
+        is_complete = all(run.state == "finished" for run in self.runs)
+        return is_chain and is_complete and now - last_sign_at < _UNKNOWN_SECONDS
 
 
 def read_overview(folder: Path, now: float, jobs: JobLookup | None = None) -> Overview:
@@ -82,6 +87,14 @@ def read_overview(folder: Path, now: float, jobs: JobLookup | None = None) -> Ov
         if not is_run(stage.run_dir)
     ]
     return Overview(folder, False, tuple(runs), tuple(waiting), tuple(unreadable))
+
+
+def _find_last_sign(run: RunStatus) -> float:
+    """Return when a run wrote its newest row or heartbeat, or was finished; unix seconds."""
+    signs = [run.last_sign_at, run.started_at]
+    with contextlib.suppress(OSError):
+        signs.append((run.path / "finished.json").stat().st_mtime)
+    return max(filter(None, signs), default=0.0)
 
 
 def _read_stages(folder: Path) -> Iterator[PlannedStage]:

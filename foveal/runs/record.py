@@ -1,5 +1,7 @@
 """A run directory read from outside, while its run is under way or afterwards; nothing is written."""
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +17,9 @@ from foveal.strict_yaml import read_yaml
 from foveal.tracking.nested import NESTED_FOLDERS
 from foveal.tracking.tail import read_json_or_empty, read_step_rows
 from foveal.training.lease import AttemptRecord, list_attempts
-from foveal.training.lease_holder import current_holder, get_liveness_and_reason
 from foveal.training.lineage import Fork, read_fork
 
-RunState = Literal["running", "unknown", "killed", "finished", "saved-and-left", "failed", "diverged", "superseded"]
+EndState = Literal["saved-and-left", "failed", "diverged", "superseded"]
 _PLAN, _FINISHED, _CONFIG = "plan.json", "finished.json", "config.yaml"
 # Settings that one stage alone has: for a run without plan.json, one of 0.1 or one that has just begun.
 _STAGE_BY_SETTING = {"method": "distill", "freeze_encoder": "finetune", "mask_ratio": "pretrain"}
@@ -72,19 +73,6 @@ class RunRecord:
         folder = self.settings.get("run.pipeline")
         return Path(folder) if folder else None
 
-    @cached_property
-    def state(self) -> RunState:
-        """The state of the newest attempt. ``unknown``: no record of an end, and on another host."""
-        if self.finished:
-            return "finished"
-        last = self.attempts[-1] if self.attempts else None
-        if last is None:
-            return "unknown"
-        if last.exit_code is not None:
-            return state_after_end(last.exit_code)
-        is_alive = None if last.holder is None else get_liveness_and_reason(last.holder, current_holder(1))[0]
-        return {True: "running", False: "killed", None: "unknown"}[is_alive]  # type: ignore[return-value]
-
     @property
     def reason(self) -> str:
         """Why the newest attempt ended; "" while it is under way."""
@@ -129,12 +117,12 @@ class RunRecord:
         return tuple(sorted((self.path / "pictures").glob("*.png")))
 
 
-def state_after_end(exit_code: int) -> RunState:
+def state_after_end(exit_code: int) -> EndState:
     """Return the state of an attempt that recorded its end and has not finished the run.
 
     The tags may be those of an earlier attempt: one that is refused, or hangs, does not write them.
     """
-    states: dict[int, RunState] = {
+    states: dict[int, EndState] = {
         0: "saved-and-left",
         TrainingDivergedError.exit_code: "diverged",
         AttemptSupersededError.exit_code: "superseded",
@@ -182,10 +170,11 @@ def list_runs(folder: Path) -> list[Path]:
             runs.append(current)
             continue
         try:
-            children = [child for child in current.iterdir() if child.is_dir() and not child.is_symlink()]
+            with os.scandir(current) as entries:  # which knows the kind of each without asking for it
+                folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         except OSError:  # a folder of somebody else
             continue
-        pending += [child for child in children if not child.name.startswith(".")]
+        pending += [current / name for name in folders if not name.startswith(".")]
     return sorted(runs, key=_started_at)
 
 
@@ -199,7 +188,9 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def _started_at(run: Path) -> tuple[float, str]:
-    attempts = list_attempts(run)
+    attempts: list[AttemptRecord] = []
+    with contextlib.suppress(OSError):  # a folder of somebody else
+        attempts = list_attempts(run)
     return attempts[0].started_at if attempts else 0.0, str(run)
 
 

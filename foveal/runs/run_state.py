@@ -10,7 +10,7 @@ from foveal.slurm import SlurmJobStatus
 from foveal.training.lease import AttemptRecord
 from foveal.training.lease_holder import current_holder, is_alive_here
 
-# ``waiting``: the job is in Slurm's queue.
+# ``waiting``: the job is in Slurm's queue, or has been started again and has not begun an attempt.
 StatusState = Literal[
     "running", "waiting", "saved-and-left", "finished", "killed", "failed", "diverged", "superseded", "unknown"
 ]
@@ -34,7 +34,8 @@ def find_state(record: RunRecord, job: SlurmJobStatus | None, now: float) -> Sta
     if last is None:
         return StateReport("unknown", "no attempt has begun")
     if last.exit_code is not None:
-        is_waiting = job is not None and job.is_pending
+        restart = last.holder.restart if last.holder is not None else 0
+        is_waiting = job is not None and (job.is_pending or (job.has_processes and job.restart_count > restart))
         reason = last.reason or ("finished, or reached run.stop_at_step" if last.exit_code == 0 else "no reason given")
         return StateReport("waiting" if is_waiting else state_after_end(last.exit_code), reason)
     return _find_state_without_end(record.path, last, job, now)

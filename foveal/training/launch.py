@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,17 +76,25 @@ def _write_reports(run_dir: Path, pipeline_dir: str | None) -> None:
 
     The run is closed and lacks nothing: whatever goes wrong here is one warning.
     """
-    try:
-        from foveal.report.report import write_report, write_report_of_pipeline  # jinja2, at the end of a run
+    curves = None
+    with _warn_instead(run_dir, f"{run_dir} is finished, and its report"):
+        from foveal.report.report import write_report_at_end  # jinja2, at the end of a run
 
-        _log.info("report    %s", write_report(run_dir))
-        if pipeline_dir is not None:
-            _log.info("report    %s", write_report_of_pipeline(Path(pipeline_dir), run_dir))
+        file, curves = write_report_at_end(run_dir)
+        _log.info("report    %s", file)
+    if pipeline_dir is None:
+        return
+    with _warn_instead(Path(pipeline_dir), f"{run_dir} is finished, and the report of its pipeline"):
+        from foveal.report.report import write_report_of_pipeline
+
+        _log.info("report    %s", write_report_of_pipeline(Path(pipeline_dir), run_dir, curves))
+
+
+@contextmanager
+def _warn_instead(folder: Path, subject: str) -> Iterator[None]:
+    """Log whatever ends the block as a warning with the command that writes the report of the folder."""
+    try:
+        yield
     except Exception as error:  # noqa: BLE001 - a page must not end a run that is finished
-        _log.warning(
-            "%s is finished, and its report is not written (%s: %s); foveal report %s writes it later",
-            run_dir,
-            type(error).__name__,
-            redact(str(error)),
-            run_dir,
-        )
+        problem = f"{type(error).__name__}: {redact(str(error))}"
+        _log.warning("%s is not written (%s); foveal report %s writes it later", subject, problem, folder)

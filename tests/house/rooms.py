@@ -224,6 +224,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *CONFIGURED,
             "foveal.atomic",
             "foveal.inspect.picture",
+            "foveal.quantities",
             "foveal.runs",
             "foveal.setting_docs",
             "foveal.runs.results",

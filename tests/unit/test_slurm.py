@@ -1,13 +1,16 @@
 """Slurm's variables, text formats and answers; a script stands in for scontrol."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from foveal import slurm
+from foveal.runs.job_lookup import JobLookup
 from foveal.slurm import (
+    SlurmAccountingSilentError,
     SlurmArrayTask,
     SlurmJob,
     SlurmPartition,
@@ -236,7 +239,9 @@ def test_without_an_answer_only_a_requeue_says_so(
             ask("77")
 
 
-def test_a_job_that_the_controller_forgot_is_in_the_accounting(scontrol: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_job_that_the_controller_forgot_is_in_the_accounting(
+    scontrol: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scontrol(
         "echo 'JobId=77 JobState=PENDING Reason=Priority NodeList=(null) Restarts=2 TimeLimit=01:00:00 RunTime=00:10:00'"
     )
@@ -264,7 +269,15 @@ def test_a_job_that_the_controller_forgot_is_in_the_accounting(scontrol: Callabl
         job = show_job_or_end("77", 5.0)
         assert (job and job.state, job and job.nodes) == (state, nodes)
     sacct.write_text("#!/bin/sh\nexec sleep 60\n")
-    assert show_job_or_end("77", 0.2) is None
+    with pytest.raises(SlurmAccountingSilentError):
+        show_job_or_end("77", 0.2)
+    monkeypatch.setattr("foveal.runs.job_lookup._TIMEOUT_SECONDS", 0.5)
+    jobs, begin = JobLookup(), time.monotonic()
+    assert [jobs.find_by_id(str(job)) for job in range(77, 87)] == [None] * 10
+    assert time.monotonic() - begin < 3.0  # the accounting is asked once
+    scontrol("echo JobId=90 JobState=PENDING")
+    assert (job := jobs.find_by_id("90")) is not None and job.is_pending
+    sacct.unlink()
     scontrol("exec sleep 60")
     with pytest.raises(SlurmUnavailableError):
         show_job_or_end("77", 0.2)

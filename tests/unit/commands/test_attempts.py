@@ -77,3 +77,13 @@ def test_what_is_no_run_is_a_sentence(run: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=sentence):
             attempts(folder)
+
+
+def test_what_a_run_says_is_text_and_no_command_to_a_terminal(run: Path, capsys) -> None:
+    lease = acquire_lease(run, current_holder(1), max_attempts_without_progress=9)
+    lease.record_end_and_release("bad [bold]\x1b[2J\nnews", 1)
+    file = run / "attempts" / "0005.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "[/red]h\x1b"}))
+    lines = lines_of(run, capsys)
+    assert "[/red]h?" in lines[5]
+    assert lines[-1] == "5: failed: bad [bold]?[2J?news"

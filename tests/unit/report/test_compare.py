@@ -110,3 +110,10 @@ def test_texts_of_users_are_texts(tmp_path: Path) -> None:
     assert not page.dangers()
     assert SECRET not in (tmp_path / "c.html").read_text() + said.output
     assert all(text in page.text for text in HOSTILE)
+
+
+def test_a_terminal_is_given_no_escape_sequence(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, summary={"val_\x1b[31mx": 0.5}) for name in ("one", "t\x1b[2Jwo")]
+    said = CliRunner().invoke(app, ["compare", *map(str, runs)])
+    assert said.exit_code == 0 and "\x1b" not in said.output
+    assert "val_?[31mx" in said.output and "t?[2Jwo" in said.output

@@ -2,21 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hostile_run import SECRET
 from run_folders import write_lines, write_run
 
+from foveal.atomic import encode_json_lines
+from foveal.report import run_charts
 from foveal.report.charts import Curve, escape_text, tabulate_curves
 from foveal.report.curves import Curves
 from foveal.report.events import Events
-from foveal.report.lineage import LineageNode, describe_lineage
+from foveal.report.lineage import LineageItem, describe_lineage
 from foveal.report.nested import read_nested
 from foveal.report.results import choose_tiles, draw_confusion, group_results, read_evaluation
 from foveal.report.run_charts import draw_throughput
 from foveal.report.series import Series
-from foveal.report.settings import infer_stage, read_settings
+from foveal.report.settings import read_settings
 from foveal.report.text import format_duration, format_number
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs
+from foveal.runs.lineage import lineage_of_record
 from foveal.runs.record import read_run
 
 
@@ -40,6 +45,9 @@ def test_a_headline_has_the_results_that_matter() -> None:
         "val_top1": 0.5,
         "a_lr_per_256": 0.1,
         "a_holdout_top1": 0.4,
+        "logistic_c": 1.0,
+        "knn_k": 20.0,
+        "linear_lr_per_256_layer_03": 0.1,
     }
     assert [result.name for result in choose_tiles(group_results(results))] == [
         "val_top1",
@@ -75,9 +83,6 @@ def test_settings_without_a_stage_are_complete() -> None:
     read = read_settings({"seed": 0}, "")
     assert (read.science, read.machine, read.has_defaults) == ((), (), False)
     assert [setting.name for setting in read.complete] == ["seed"]
-    assert infer_stage({"mask_ratio": 0.75}) == "pretrain"
-    assert infer_stage({"teacher": "x", "student": "y"}) == "distill"
-    assert infer_stage({"pooling": "avg", "teacher": None}) == "finetune"
 
 
 def test_shared_ancestors_are_listed_once() -> None:
@@ -85,9 +90,9 @@ def test_shared_ancestors_are_listed_once() -> None:
     for level in range(40):
         twice = tuple(ModelInput(role, f"/m{level}", str(level), "distill", 1, inputs) for role in ("init", "teacher"))
         inputs = RunInputs("", "distill", (), twice)
-    nodes = describe_lineage(inputs, Path("/report.html"))
+    nodes = describe_lineage(lineage_of_record(inputs), Path("/report.html"))
 
-    def count(found: tuple[LineageNode, ...]) -> int:
+    def count(found: tuple[LineageItem, ...]) -> int:
         return sum(1 + count(node.children) for node in found)
 
     assert count(nodes) < 100
@@ -116,6 +121,27 @@ def test_the_use_of_nodes_is_drawn(tmp_path: Path) -> None:
         "other",
     ]
     assert [(trace["name"], trace["y"]) for trace in charts[0].traces] == [("a", [80.0, 80.0]), ("b", [80.0, 80.0])]
+
+
+def test_of_very_many_nodes_the_end_of_the_file_and_eight_nodes_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    steps, nodes = range(1, 101), [f"n\u00f6de{number:03d}" for number in range(100)]
+    lines = [{"step": step, "time": 1.0, "node": node, "cpu": 50.0} for step in steps for node in nodes]
+    (run / "nodes.jsonl").write_bytes(encode_json_lines(lines))
+    monkeypatch.setattr(run_charts, "_MAX_NODE_BYTES", (run / "nodes.jsonl").stat().st_size // 2 - 5)
+    num_parsed, parse = 0, json.loads
+
+    def count(line: bytes) -> Any:
+        nonlocal num_parsed
+        num_parsed += 1
+        return parse(line)
+
+    monkeypatch.setattr(json, "loads", count)
+    (chart,) = draw_throughput(read_run(run), Curves(), Events({}, {}))
+    assert len(chart.traces) == 8 and {len(trace["x"]) for trace in chart.traces} <= {49, 50}
+    assert num_parsed < 8 * 50 + 20
 
 
 def test_an_evaluation_says_what_it_counts(tmp_path: Path) -> None:
@@ -150,10 +176,13 @@ def test_trials_are_a_table_and_a_chart_by_arm(tmp_path: Path) -> None:
     for name, value in (("a-seed0-lr0.1", 0.5), ("a-seed1-lr0.1", 0.6), ("b-seed0-lr0.1", 0.7)):
         write_run(run / "trials" / name, stage="finetune", summary={"val_top1": value, "val_loss": 1.0})
     write_run(run / "trials" / "b-seed1-lr0.1", stage="finetune", attempts=[{"code": 1, "why": "broken"}])
+    left = write_run(run / "trials" / "c", stage="finetune", attempts=[{"code": 0, "why": "preempted"}])
+    (left / "tags.json").write_text('{"state": "running"}')  # of an attempt before
     nested = read_nested(read_run(run))
     assert nested is not None and nested.chart is not None
+    assert nested.rows[-1][:2] == ("c", "saved, to be continued")
     assert nested.columns == ("trial", "state", "val_top1", "val_loss", "time")
-    assert [row[:3] for row in nested.rows][-2:] == [
+    assert [row[:3] for row in nested.rows][-3:-1] == [
         ("b-seed0-lr0.1", "finished", "0.7"),
         ("b-seed1-lr0.1", "failed", ""),
     ]

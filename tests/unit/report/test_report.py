@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 from hostile_run import HOSTILE, SECRET, PageReader, write_hostile_run
 from PIL import Image
+from run_directories import leave_without_word, make_run
 from run_folders import FIXTURES, copy_old_run, draw_picture, training_rows, write_lines, write_run
 
 from foveal.errors import CheckpointError
+from foveal.report.curves import Curves
 from foveal.report.page import encode_for_script
 from foveal.report.report import write_report
+from foveal.report.summary import describe_attempts, summarize
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs
+from foveal.runs.record import read_run
 
 OLD_RUNS = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "runs" / folder.name).is_dir())
 
@@ -291,3 +295,12 @@ def test_the_command_answers_without_torch(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str(run / "report.html")
+
+
+def test_a_run_on_another_host_has_the_state_that_its_heartbeat_tells(tmp_path: Path) -> None:
+    for age, state in ((0.0, "running"), (3600.0, "no record of its end")):
+        run = make_run(tmp_path / f"run{age:.0f}")
+        leave_without_word(run, beat_age=age)
+        record = read_run(run)
+        assert summarize(record, Curves()).state == state
+        assert describe_attempts(record)[-1][-1] == state

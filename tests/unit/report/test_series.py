@@ -64,6 +64,17 @@ def test_a_repeated_step_replaces_what_follows_it() -> None:
     assert series.points() == [(1, 5.0), (2, 4.0), (3, 3.5)]
 
 
+def test_what_a_repeated_step_replaces_is_in_no_number() -> None:
+    series = series_of([5.0, 4.0, 9.0, math.nan, 0.1])
+    series.add(3, 4.5)
+    assert (series.num_values, series.num_nonfinite, series.first_nonfinite_step) == (3, 0, None)
+    assert (series.first, series.last, series.lowest, series.highest) == ((1, 5.0), (3, 4.5), (2, 4.0), (1, 5.0))
+    series.add(2, math.nan)
+    assert (series.last, series.num_values, series.num_nonfinite) == ((1, 5.0), 2, 1)
+    series.add(1, 7.0)
+    assert (series.first, series.last, series.lowest, series.highest) == ((1, 7.0),) * 4
+
+
 def test_a_table_has_the_first_and_the_last_value() -> None:
     series = series_of([float(number) for number in range(10_000)])
     table = series.table(12)

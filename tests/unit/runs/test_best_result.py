@@ -24,7 +24,17 @@ def test_the_metric_of_the_settings_comes_first_and_losses_fall() -> None:
     assert find_best_result(EVALUATIONS, missing, {}) == BestResult("val_top1", 0.6, 20, True)
 
 
-@pytest.mark.parametrize(("name", "higher"), [("val_cls_distance", False), ("val_loss", False), ("val_f1", True)])
+@pytest.mark.parametrize(
+    ("name", "higher"),
+    [
+        ("val_cls_distance", False),
+        ("val_loss", False),
+        ("val_f1", True),
+        ("val_mse", False),
+        ("a_error_mean", False),
+        ("val_loss_ratio", True),
+    ],
+)
 def test_directions(name: str, higher: bool) -> None:
     best = find_best_result({1: {name: 0.1}, 2: {name: 0.2}}, {}, {})
     assert best == BestResult(name, 0.2 if higher else 0.1, 2 if higher else 1, higher)
@@ -60,3 +70,12 @@ def test_of_a_comparison_the_best_arm() -> None:
     }
     summary |= {"pre_lr_per_256": 0.1, "pre_top1": 0.7, "pre_top1_highest": 0.8, "pre_holdout_top1": 0.1}
     assert find_best_result({}, settings, {"summary": summary}) == BestResult("pre_top1", 0.7, None, True)
+
+
+def test_of_a_cross_validation_the_mean_of_its_folds() -> None:
+    settings = {"cross_validation.count": 3, "early_stopping.metric": "val_top1"}
+    folds = {number: {"fold_loss": 1.0, "fold_top1": value} for number, value in enumerate((0.5, 0.9, 0.7), start=1)}
+    summary = {"folds": 3.0, "holdout_top1_mean": 0.95, "holdout_top1_std": 0.1}
+    summary |= {"fold_loss_mean": 1.0, "fold_top1_mean": 0.7, "fold_top1_std": 0.2, "fold_top1_highest": 0.9}
+    assert find_best_result(folds, settings, {"summary": summary}) == BestResult("fold_top1_mean", 0.7, None, True)
+    assert find_best_result(folds, settings, {}) is None  # the luckiest fold is no result

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from run_directories import end_attempt, make_run
 
+from foveal.runs import record
 from foveal.runs.inputs import DatasetInput, RunInputs, write_inputs
 from foveal.runs.listing import describe_data, describe_model, list_with_status, sort_runs
 from foveal.runs.record import read_run
+from foveal.training.lease import AttemptRecord
 
 
 @pytest.fixture
@@ -23,6 +25,22 @@ def runs(tmp_path: Path) -> Path:
 def names(folder: Path, sort: str = "date", **options: object) -> list[str]:
     listing = list_with_status(folder, time.time(), **options)  # type: ignore[arg-type]
     return [run.status.name for run in sort_runs(listing.runs, sort)]  # type: ignore[arg-type]
+
+
+def test_a_run_whose_attempts_cannot_be_read_costs_only_itself(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (runs / "link").symlink_to(runs / "a")  # not followed
+    list_readable = record.list_attempts
+
+    def list_attempts(run: Path) -> list[AttemptRecord]:
+        if run.name == "c":
+            raise PermissionError(13, "Permission denied", str(run / "attempts"))
+        return list_readable(run)
+
+    monkeypatch.setattr(record, "list_attempts", list_attempts)
+    assert [run.name for run in record.list_runs(runs)] == ["c", "b", "a"]
+    listing = list_with_status(runs, time.time())
+    assert [run.status.name for run in listing.runs] == ["b", "a"]
+    assert [path.name for path, _ in listing.unreadable] == ["c"]
 
 
 def test_orders(runs: Path) -> None:

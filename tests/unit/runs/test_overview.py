@@ -97,6 +97,8 @@ def test_a_pipeline_shows_what_has_not_begun_and_is_live_until_a_stage_fails(tmp
     end_attempt(make_run(folder / "one", finished={"loss": 1.0}))
     assert [stage.planned.name for stage in look(folder).not_begun] == ["two"]
     assert is_live(folder)  # the next stage imports torch
+    later = time.time() + 3700.0
+    assert not read_overview(folder, later).is_live(later)  # the chain has ended
     (folder / "one" / "finished.json").unlink()
     assert not is_live(folder)
     end_attempt(make_run(tmp_path / "elsewhere/two"))
@@ -112,6 +114,16 @@ def test_stages_on_slurm_live_as_long_as_their_jobs(tmp_path: Path) -> None:
     assert overview.is_live(time.time())
     assert not is_live(tmp_path, JobLookup(lambda _, __: replace(JOB, state="CANCELLED")))
     assert not is_live(tmp_path, JobLookup(lambda _, __: None))
+
+
+def test_a_preemption_is_live_until_its_job_is_gone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lease = begin_attempt(run, job="7")
+    lease.record_end_and_release("preempted", 0)
+    for state, live in (("RUNNING", True), ("COMPLETING", True), ("PENDING", True), ("CANCELLED", False)):
+        job = replace(JOB, state=state)
+        assert is_live(tmp_path, JobLookup(lambda _, __, job=job: job)) == live
+    assert not is_live(tmp_path)
 
 
 def test_what_is_live(tmp_path: Path) -> None:

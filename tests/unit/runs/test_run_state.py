@@ -36,8 +36,15 @@ def test_an_end_is_its_exit_code_whatever_the_tags_say(tmp_path: Path, code: int
     (run / "tags.json").write_text('{"state": "running"}')  # of an attempt before, or one that hung
     end_attempt(run, "why", code)
     assert state_of(run) == (state, "why")
-    assert read_run(run).state == state
     assert state_of(run, replace(JOB, state="PENDING", reason="Priority")) == ("waiting", "why")
+
+
+def test_a_requeued_job_that_runs_again_is_waited_for_until_its_attempt_begins(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    end_attempt(run, "preempted", 0)
+    assert state_of(run, JOB)[0] == "saved-and-left"
+    assert state_of(run, replace(JOB, state="CONFIGURING", restart_count=1)) == ("waiting", "preempted")
+    assert state_of(run, replace(JOB, state="CANCELLED", restart_count=1))[0] == "saved-and-left"
 
 
 def test_finished_and_not_begun(tmp_path: Path) -> None:
