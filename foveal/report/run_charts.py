@@ -24,6 +24,8 @@ _NODE_METRICS = (  # those that say most of a training, in this order
     "disk_read_megabytes_per_second",
     "network_receive_megabytes_per_second",
 )
+# Endings of metrics of nodes, the longest first, and their units.
+_NODE_UNITS = {"megabytes_per_second": "MB/s", "megabytes": "MB", "percentage": "%", "watts": "W"}
 _MAX_NODE_METRICS, _MAX_READ_NODE_METRICS = 6, 32
 _MAX_NODE_BYTES = 64 << 20  # of nodes.jsonl: days of a hundred nodes
 
@@ -152,15 +154,25 @@ def _node_charts(record: RunRecord) -> list[Chart | None]:
     telling = sorted(
         metrics, key=lambda name: _NODE_METRICS.index(name) if name in _NODE_METRICS else len(_NODE_METRICS)
     )
+    telling = [
+        name for name in telling if any(series.highest for series in metrics[name].values())
+    ]  # a network at rest
     return [
         draw_curves(
             f"node-{number}",
-            f"Nodes: {name}",
+            f"Nodes: {_describe_node_metric(name)}",
             [Curve(node, series) for node, series in metrics[name].items()],
-            Axes(name, from_zero=True),
+            Axes(_describe_node_metric(name), from_zero=True),
         )
         for number, name in enumerate(telling[:_MAX_NODE_METRICS])
     ]
+
+
+def _describe_node_metric(name: str) -> str:
+    """Return a metric's name in words, with its unit."""
+    unit = next((unit for unit in _NODE_UNITS if name.endswith(unit)), None)
+    words = name.removesuffix(unit or "").replace("_", " ").strip()
+    return words if unit is None else f"{words} ({_NODE_UNITS[unit]})"
 
 
 def _node_lines(file: Path) -> Iterator[dict[str, Any]]:

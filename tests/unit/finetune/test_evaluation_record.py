@@ -50,7 +50,6 @@ def settings(digits: Path, run: Path, **further: Any) -> dict[str, Any]:
         "optim": {"lr_per_256": 0.1, "warmup_epochs": 0},
         "engine": {"kind": "plain"},
         "run": {"dir": str(run)},
-        "log": {"final_pictures": False},
         "tracking": {"uri": None},
         "log": {"final_pictures": False, "report": False},
     } | further
