@@ -154,9 +154,7 @@ def _node_charts(record: RunRecord) -> list[Chart | None]:
     telling = sorted(
         metrics, key=lambda name: _NODE_METRICS.index(name) if name in _NODE_METRICS else len(_NODE_METRICS)
     )
-    telling = [
-        name for name in telling if any(series.highest for series in metrics[name].values())
-    ]  # a network at rest
+    telling = [name for name in telling if any(map(_is_in_use, metrics[name].values()))]
     return [
         draw_curves(
             f"node-{number}",
@@ -166,6 +164,11 @@ def _node_charts(record: RunRecord) -> list[Chart | None]:
         )
         for number, name in enumerate(telling[:_MAX_NODE_METRICS])
     ]
+
+
+def _is_in_use(series: Series) -> bool:
+    """Whether a node's metric was ever more than 0: a network at rest is not drawn."""
+    return series.highest is not None and series.highest[1] > 0
 
 
 def _describe_node_metric(name: str) -> str:

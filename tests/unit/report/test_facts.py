@@ -107,6 +107,7 @@ def test_the_use_of_nodes_is_drawn(tmp_path: Path) -> None:
             "time": 1.0,
             "node": node,
             "other": 1,
+            "at_rest": 0.0,
             "cpu_utilization_percentage": 50.0,
             "gpu_utilization_percentage": [90, 70, None],
         }
@@ -116,8 +117,8 @@ def test_the_use_of_nodes_is_drawn(tmp_path: Path) -> None:
     write_lines(run / "nodes.jsonl", [*lines, {"step": "x"}, {"step": 5, "node": "a", "words": "no number"}])
     charts = draw_throughput(read_run(run), Curves(), Events({}, {}))
     assert [chart.title.removeprefix("Nodes: ") for chart in charts] == [
-        "gpu_utilization_percentage",
-        "cpu_utilization_percentage",
+        "gpu utilization (%)",
+        "cpu utilization (%)",
         "other",
     ]
     assert [(trace["name"], trace["y"]) for trace in charts[0].traces] == [("a", [80.0, 80.0]), ("b", [80.0, 80.0])]
