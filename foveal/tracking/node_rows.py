@@ -1,4 +1,7 @@
-"""The lines of RUN/nodes.jsonl as metrics of the run, under MLflow's names: ``system/<node>/cpu_utilization_percentage``.
+"""The lines of RUN/nodes.jsonl as metrics of the run, under MLflow's names: ``system/cpu_utilization_percentage.<node>``.
+
+The node comes after a dot: MLflow's charts make a group of what stands before the last slash, put ``system`` last, and
+would put ``system/<node>``, its own way, before the losses.
 
 The file grows by whole lines and is never rewound, so that a byte offset says what is delivered. After a start and after
 a failure the store's latest steps say it: lines of steps that a resume repeated are then left out.
@@ -75,7 +78,7 @@ def _choose_points(points: list[MetricPoint], nodes: dict[str, int]) -> list[Met
     if not points:
         return []
     name, _, milliseconds, _ = points[0]
-    node = name.split("/")[1]
+    node = name.partition(".")[2]  # no metric has a dot
     if node not in nodes and len(nodes) >= MAX_NODES:
         oldest = min(nodes, key=lambda other: nodes[other])
         if milliseconds - nodes[oldest] <= _SILENT_MS:
@@ -99,7 +102,7 @@ def parse_points(line: bytes) -> Iterator[MetricPoint]:
         for index, number in enumerate(numbers):
             if isinstance(number, int | float):  # a GPU may tell some numbers only
                 metric = name.replace("gpu_", f"gpu_{index}_", 1) if isinstance(value, list) else name
-                yield f"{PREFIX}{node}/{metric}", float(number), milliseconds, step
+                yield f"{PREFIX}{metric}.{node}", float(number), milliseconds, step
 
 
 def find_missing_points(points: Sequence[MetricPoint], latest_steps: Mapping[str, int]) -> list[MetricPoint]:

@@ -33,7 +33,7 @@ def rows(tmp_path: Path) -> NodeRows:
     return rows
 
 
-def steps(store: Kept, name: str = "system/n1/cpu_utilization_percentage") -> list[int]:
+def steps(store: Kept, name: str = "system/cpu_utilization_percentage.n1") -> list[int]:
     return [step for other, _, _, step in store.points if other == name]
 
 
@@ -42,11 +42,11 @@ def test_names_are_those_of_mlflow() -> None:
     monitor.collect_metrics()
     numbers = dict.fromkeys(monitor.metrics, 1.0) | {"gpu_power_usage_watts": [300.0, None, 250.5]}
     points = list(parse_points(line(7, "node-1", **numbers)))
-    assert ("system/node-1/cpu_utilization_percentage", 1.0, 1_007_000, 7) in points
+    assert ("system/cpu_utilization_percentage.node-1", 1.0, 1_007_000, 7) in points
     gpus = [(name, value) for name, value, _, _ in points if "gpu" in name]
     assert gpus == [
-        ("system/node-1/gpu_0_power_usage_watts", 300.0),
-        ("system/node-1/gpu_2_power_usage_watts", 250.5),
+        ("system/gpu_0_power_usage_watts.node-1", 300.0),
+        ("system/gpu_2_power_usage_watts.node-1", 250.5),
     ]
 
 
@@ -125,7 +125,7 @@ def test_at_most_64_nodes_and_a_thousand_points_a_request(rows: NodeRows, tmp_pa
         write(tmp_path, *(line(step, f"n{node}", **gpus) for node in range(MAX_NODES + 6)))
     rows.upload(store)
     assert len(store.points) == 2 * MAX_NODES * 16
-    assert {name.split("/")[1] for name, *_ in store.points} == {f"n{node}" for node in range(MAX_NODES)}
+    assert {name.partition(".")[2] for name, *_ in store.points} == {f"n{node}" for node in range(MAX_NODES)}
     assert max(store.requests) <= 1000
 
 
@@ -143,7 +143,7 @@ def test_a_requeued_run_on_other_nodes(rows: NodeRows, tmp_path: Path, monkeypat
     with pytest.raises(ConnectionError):
         rows.upload(store)
     rows.upload(store)
-    assert [name.split("/")[1] for name, *_ in store.points] == ["a", "b", "d", "e"]
+    assert [name.partition(".")[2] for name, *_ in store.points] == ["a", "b", "d", "e"]
     other = Kept()
     rows.on_connected("2", {})
     rows.upload(other)
@@ -168,6 +168,6 @@ def test_a_runs_upload_has_them_beside_the_rows(tracker: JsonlTracker, tmp_path:
     tracker.log_rows([{"step": 1, "loss": 1.0}])
     write(tmp_path, line(1))
     sync.upload_rows_and_tags()
-    assert store.numbers() == in_jsonl(tmp_path) | {("system/n1/cpu_utilization_percentage", 1): [1.0]}
+    assert store.numbers() == in_jsonl(tmp_path) | {("system/cpu_utilization_percentage.n1", 1): [1.0]}
     assert (sync.counts.rows_sent, sync.counts.rows_already_stored) == (1, 0)
     sync.close()
