@@ -289,7 +289,12 @@ def _layout(axes: Axes, legend_rows: int) -> dict[str, Any]:
     layout: dict[str, Any] = {
         "margin": {"l": 64, "r": 16, "t": 12 + 22 * legend_rows, "b": 44},
         "xaxis": {"title": {"text": axes.x}, "zeroline": False, "hoverformat": ",d"},
-        "yaxis": {"title": {"text": escape_text(axes.y)}, "zeroline": False, "automargin": True},
+        "yaxis": {
+            "title": {"text": escape_text(axes.y)},
+            "zeroline": False,
+            "automargin": True,
+            "minorloglabels": "complete",  # on a logarithmic axis 0.5, and not its digit
+        },
         "showlegend": legend_rows > 0,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "hovermode": "x" if legend_rows else "closest",
