@@ -1,4 +1,5 @@
-"""What tracking costs a training: steps per second without MLflow, with a server that answers, with one that hangs.
+"""What being seen costs a training: steps per second without anything, with what a run records for people who look at
+it (use of nodes, pictures and a report at its end), with MLflow that answers, and with one that hangs.
 
     python benchmarks/tracking.py --out benchmarks/results/tracking.md
 
@@ -30,6 +31,7 @@ from machine import described
 from foveal.data.pack import pack_digits
 
 EVERY = 5  # steps in a report
+NOTHING = "nobody"
 CONFIG = {
     "seed": 0,
     "data": {"image_size": 16, "channels": 1, "lanes": 8},
@@ -83,10 +85,10 @@ def hanging() -> Iterator[str]:
             each.close()
 
 
-def train(config: Path, run: Path, uri: str | None) -> tuple[float, float]:
-    """Steps per second, and seconds from the command to the first report."""
+def train(config: Path, run: Path, uri: str | None, *more: str) -> tuple[float, float, float]:
+    """Steps per second, seconds from the command to the first report, and seconds from the last row to the exit."""
     given = "null" if uri is None else uri
-    command = [sys.executable, "-m", "pretrain.run", str(config), f"run.dir={run}", f"tracking.uri={given}"]
+    command = [sys.executable, "-m", "pretrain.run", str(config), f"run.dir={run}", f"tracking.uri={given}", *more]
     began = time.time()
     done = subprocess.run(
         [*command, "tracking.flush_timeout_seconds=1"],
@@ -95,50 +97,56 @@ def train(config: Path, run: Path, uri: str | None) -> tuple[float, float]:
         text=True,
         check=False,
     )
+    ended = time.time()
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     first, last = rows[EVERY - 1], rows[-1]
-    return (last["step"] - first["step"]) / (last["time"] - first["time"]), first["time"] - began
+    pace = (last["step"] - first["step"]) / (last["time"] - first["time"])
+    return pace, first["time"] - began, ended - last["time"]
 
 
 def measured(rounds: int, epochs: int) -> Iterator[str]:
     """The lines of the table."""
     paces: dict[str, list[float]] = {}
     starts: dict[str, list[float]] = {}
+    ends: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         pack_digits(folder / "digits")
         config = folder / "digits.yaml"
         tree = CONFIG | {"epochs": epochs, "data": {**CONFIG["data"], "path": str(folder / "digits")}}
         config.write_text(yaml.safe_dump(tree))
-        kinds = {
-            "no MLflow": None,
-            "a server that answers": stack.enter_context(healthy(folder)),
-            "a server that hangs": stack.enter_context(hanging()),
+        kinds: dict[str, tuple[str | None, ...]] = {
+            NOTHING: (None, "log.final_pictures=false", "log.report=false", "log.node_metrics=false"),
+            "use of nodes, final pictures, report": (None,),
+            "and a server that answers": (stack.enter_context(healthy(folder)),),
+            "and a server that hangs": (stack.enter_context(hanging()),),
         }
         train(config, folder / "warm", None)
         for number in range(rounds):
-            order = list(kinds)[number % 3 :] + list(kinds)[: number % 3]
-            for kind in order:
-                pace, start = train(config, folder / f"{kind} {number}", kinds[kind])
+            turn = number % len(kinds)
+            for kind in [*list(kinds)[turn:], *list(kinds)[:turn]]:
+                uri, *more = kinds[kind]
+                pace, start, end = train(config, folder / f"{kind} {number}", uri, *map(str, more))
                 paces.setdefault(kind, []).append(pace)
                 starts.setdefault(kind, []).append(start)
-    bare = paces["no MLflow"]
-    yield "| tracking | steps per second, median | lowest to highest | ratio to no MLflow, median of the rounds | lowest to highest | seconds to the first report, median |"
-    yield "|---|--:|--:|--:|--:|--:|"
+                ends.setdefault(kind, []).append(end)
+    bare = paces[NOTHING]
+    yield f"| seen by | steps per second, median | lowest to highest | ratio to {NOTHING}, median of the rounds | lowest to highest | seconds to the first report, median | seconds from the last row to the exit, median |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
     for kind, found in ((kind, paces[kind]) for kind in kinds):
         ratios = [pace / other for pace, other in zip(found, bare, strict=True)]
         yield (
             f"| {kind} | {statistics.median(found):.2f} | {min(found):.2f} to {max(found):.2f} | "
             f"{statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} | "
-            f"{statistics.median(starts[kind]):.1f} |"
+            f"{statistics.median(starts[kind]):.1f} | {statistics.median(ends[kind]):.1f} |"
         )
 
 
 def report(rounds: int, epochs: int) -> Iterator[str]:
     """The lines of the results file."""
-    yield "# What tracking costs a training"
+    yield "# What being seen costs a training"
     yield ""
     yield "`python benchmarks/tracking.py --out benchmarks/results/tracking.md`"
     yield ""
@@ -146,8 +154,8 @@ def report(rounds: int, epochs: int) -> Iterator[str]:
     yield ""
     yield (
         f"MAE pretraining on digits, plain engine, one thread, {epochs} epochs of 22 steps, a report every {EVERY} steps; "
-        f"{rounds} rounds in which the kinds take turns. The server that answers runs on the same cores, with its SQLite "
-        f"store, and the courier is a thread of the training: what both take is in the numbers."
+        f"{rounds} rounds in which the kinds take turns. Pictures and report are made after the last step. The server that answers runs on the same cores, with its SQLite "
+        f"store, and the uploader is a thread of the training: what both take is in the numbers."
     )
     yield ""
     yield from measured(rounds, epochs)
