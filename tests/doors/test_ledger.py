@@ -68,7 +68,14 @@ def killed_thrice(config: Path, run: Path, ranks: int, at_once: int, workers: in
         return [Forked("pretrain.run", settings, run.parent, **place) for place in places]
 
     for earliest, latest in _KILLS:
+        plan = run / "plan.json"
+        before = plan.stat().st_mtime_ns if plan.exists() else 0
         started = start()
+        # Until then the rows are those of the attempt before, which may have gone further than this one shall.
+        while not plan.exists() or plan.stat().st_mtime_ns == before:
+            if not all_alive(started):
+                pytest.fail(f"{run} did not begin: {[rank.ended() for rank in started]}")
+            time.sleep(0.01)
         if not wait_for_row(run, moment.randint(earliest, latest), partial(all_alive, started)):
             pytest.fail(f"{run} was not killed in time: {[rank.ended() for rank in started]}")
         time.sleep(moment.uniform(0, 0.2))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 from mlflow_server import Server
-from points import Numbers, comparable, in_jsonl, in_mlflow, run_id
+from points import comparable, in_jsonl, in_mlflow, run_id, without_nodes
 from postgres import PASSWORD as DATABASE_PASSWORD
 from postgres import Postgres, find_postgres
 from prefix_proxy import serve_prefix
@@ -85,13 +85,6 @@ def pretrain(config: Path, run: Path, uri: str, *more: str, **environment: str) 
     command = [PYTHON, "-m", "pretrain.run", config, "engine.kind=plain", "epochs=2", "log.every=4"]
     command += [f"tracking.uri={uri}", f"run.dir={run}", *more]
     return ended(command, run.parent, **(PLANTED | {"PYTHONWARNINGS": "ignore"} | environment))
-
-
-def without_nodes(numbers: Numbers) -> Numbers:
-    """Leave out system/<metric>.<node>, which metrics.jsonl does not have."""
-    return {
-        place: values for place, values in numbers.items() if not (place[0].startswith("system/") and "." in place[0])
-    }
 
 
 def check_delivered(client: MlflowClient, run: Path) -> None:

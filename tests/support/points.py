@@ -43,6 +43,13 @@ def in_mlflow(client: "MlflowClient", run: Path) -> Numbers:
     return found
 
 
+def without_nodes(numbers: Numbers) -> Numbers:
+    """Leave out system/<metric>.<node>, which metrics.jsonl does not have."""
+    return {
+        place: values for place, values in numbers.items() if not (place[0].startswith("system/") and "." in place[0])
+    }
+
+
 def comparable(numbers: Numbers) -> dict[tuple[str, int], list[str]]:
     """With NaN equal to NaN, and infinite as MLflow keeps it."""
     return {place: [_shown(value) for value in values] for place, values in numbers.items()}
